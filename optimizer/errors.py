@@ -1,0 +1,88 @@
+"""Errors of the whole package: one root, children by whose fault it is.
+
+Every message says where (pass, node, file), what was found, what was expected and what to
+do about it. The command line prints the message and ends with ``exit_code``; a traceback is
+only ever shown for errors that are not of these classes.
+"""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_INTERNAL = 1
+EXIT_USAGE = 2
+EXIT_VERIFICATION = 3
+EXIT_BUDGET = 4
+EXIT_NOOP = 5
+EXIT_DEPENDENCY = 6
+EXIT_ENGINE = 7
+EXIT_INTERRUPTED = 130
+
+
+class OptimizerError(Exception):
+    """Root of all errors raised on purpose."""
+
+    exit_code = EXIT_INTERNAL
+
+
+class OptionError(OptimizerError):
+    """A command-line or pass option that does not exist or has a wrong value."""
+
+    exit_code = EXIT_USAGE
+
+
+class RecipeError(OptionError):
+    """A recipe file that cannot be read, or passes in an order that is not allowed."""
+
+
+class ModelError(OptimizerError):
+    """The input model is missing, damaged or not a valid model."""
+
+    exit_code = EXIT_USAGE
+
+
+class CalibrationError(OptimizerError):
+    """Sample data is missing or does not fit the model."""
+
+    exit_code = EXIT_USAGE
+
+
+class UnsupportedError(OptimizerError):
+    """The input is valid, but outside of what this tool can do."""
+
+    exit_code = EXIT_USAGE
+
+
+class PassContractError(OptimizerError):
+    """A pass broke an invariant of the graph: a defect of the pass, not of the input."""
+
+    exit_code = EXIT_INTERNAL
+
+
+class VerificationError(OptimizerError):
+    """A pass changed the numbers by more than its declared exactness allows."""
+
+    exit_code = EXIT_VERIFICATION
+
+
+class BudgetError(OptimizerError):
+    """The result is valid but misses the drift budget or the required speed-up."""
+
+    exit_code = EXIT_BUDGET
+
+
+class NoopError(OptimizerError):
+    """No pass matched anything and the user asked for that to be an error."""
+
+    exit_code = EXIT_NOOP
+
+
+class MissingDependencyError(OptimizerError):
+    """A package or library is not installed, or its version does not fit."""
+
+    exit_code = EXIT_DEPENDENCY
+
+
+class ExportError(OptimizerError):
+    """The result could not be written (disk full, no permission, ...)."""
+
+    exit_code = EXIT_INTERNAL

@@ -1,0 +1,120 @@
+"""What a pass is: a name, options, an exactness, and a rewrite that reports what it did.
+
+A pass finds its sites, refuses a site with a reason, rewrites the rest. It reads structure from
+``optimizer.blocks``, data through ``Context``, and never imports another pass.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+import onnx_ir as ir
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from optimizer.calibration import Calibration
+
+
+class Exactness(enum.Enum):
+    """How far a pass may move the outputs of the model.
+
+    BITWISE: outputs are equal bit by bit.
+    REASSOCIATED: equal in exact arithmetic; floating-point sums may be ordered differently.
+    APPROXIMATE: the function itself changes; the drift is measured and reported.
+    """
+
+    BITWISE = "bitwise"
+    REASSOCIATED = "reassociated"
+    APPROXIMATE = "approximate"
+
+
+class PassOptions(BaseModel):
+    """Base of every pass's ``Options``: frozen, unknown names are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+OptionsT = TypeVar("OptionsT", bound=PassOptions)
+
+
+@dataclass(frozen=True)
+class Skip:
+    """One site that a pass left alone.
+
+    Attributes:
+        site: Name of the node, block or group.
+        reason: Why, as a sentence fragment a user understands.
+    """
+
+    site: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one run of a pass did.
+
+    Attributes:
+        modified: Whether the graph changed at all.
+        applied: Number of sites rewritten.
+        skipped: Sites left alone, each with its reason.
+        sites: Names of the rewritten sites, in graph order.
+        details: JSON-compatible facts for the manifest (chosen groups, scales' range, ...).
+    """
+
+    modified: bool
+    applied: int = 0
+    skipped: tuple[Skip, ...] = ()
+    sites: tuple[str, ...] = ()
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Context:
+    """What the pipeline gives a pass besides the model.
+
+    Attributes:
+        target: Name of the target the result is meant for (``optimizer.targets``).
+        calibration: Sample data bound to a runner, or None where the user gave none.
+        evaluation: Held-out data for measured decisions; falls back to ``calibration``.
+    """
+
+    target: str = "ort-cpu"
+    calibration: Calibration | None = None
+    evaluation: Calibration | None = None
+
+
+class GraphPass(Generic[OptionsT]):
+    """Base class of every pass.
+
+    Class attributes are readable without running anything; ``Options`` is the only definition of
+    the options for command line, recipe files and Python.
+    """
+
+    name: ClassVar[str]
+    exactness: ClassVar[Exactness]
+    Options: ClassVar[type[PassOptions]] = PassOptions
+    #: Passes that must not come later in a recipe than this one.
+    after: ClassVar[tuple[str, ...]] = ()
+    #: Operators of other domains that this pass may emit, as (domain, op type).
+    emits: ClassVar[tuple[tuple[str, str], ...]] = ()
+    #: Invariants this pass may change: "inputs", "outputs" (names/shapes of graph inputs/outputs).
+    breaks: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, options: OptionsT | None = None) -> None:
+        self.options: OptionsT = options if options is not None else self.Options()  # type: ignore[assignment]
+
+    def needs_calibration(self) -> bool:
+        """Whether these options require sample data."""
+        return False
+
+    def call(self, model: ir.Model, context: Context) -> Report:
+        """Rewrite ``model`` in place.
+
+        Raises:
+            OptimizerError: Only for faults of the user's data or options; a site that cannot be
+                rewritten is a ``Skip``.
+        """
+        raise NotImplementedError

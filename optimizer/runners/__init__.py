@@ -1,0 +1,1 @@
+"""Runners: one interface over everything that can execute a model."""

@@ -1,0 +1,177 @@
+"""Read-only views of the transformer structure of a canonical graph.
+
+``optimizer.blocks.find_blocks`` builds them. Views hold references to live ``onnx_ir`` nodes and
+values: after a rewrite, ask again.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+
+class NormKind(enum.Enum):
+    """LayerNormalization or RMSNormalization, over the last axis."""
+
+    LAYER = "layer"
+    RMS = "rms"
+
+
+class Style(enum.Enum):
+    """Where the norms and residual adds of a block sit.
+
+    PRE_NORM:  h = x + attn(n1(x)); y = h + mlp(n2(h))
+    POST_NORM: h = n1(x + attn(x)); y = n2(h + mlp(h))
+    PARALLEL:  y = x + attn(n1(x)) + mlp(n2(x)), n2 may be n1
+    """
+
+    PRE_NORM = "pre-norm"
+    POST_NORM = "post-norm"
+    PARALLEL = "parallel"
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``output = input @ weight (+ bias)`` with a constant weight.
+
+    Attributes:
+        matmul: The MatMul node.
+        add: The Add node of the bias, or None.
+        input: [..., K].
+        weight: Initializer [K, N].
+        bias: Initializer [N], or None.
+        output: [..., N]; the Add's output where there is a bias.
+    """
+
+    matmul: ir.Node
+    add: ir.Node | None
+    input: ir.Value
+    weight: ir.Value
+    bias: ir.Value | None
+    output: ir.Value
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalization over the last axis.
+
+    Attributes:
+        scale: Initializer [D] (gamma).
+        bias: Initializer [D] (beta), or None (always None for RMS).
+    """
+
+    node: ir.Node
+    kind: NormKind
+    input: ir.Value
+    scale: ir.Value
+    bias: ir.Value | None
+    output: ir.Value
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One canonical Attention node with its projections.
+
+    Attributes:
+        node: Attention (opset 23, 3-D form): Q [B,S,H*c], K/V [B,S,Hkv*c], optional mask,
+            optional past key/value [B,Hkv,P,c]; outputs Y [B,S,H*c], optional present key/value.
+        q, k, v, o: The projections; ``o.input`` is the node's output.
+        q_rotary, k_rotary: RotaryEmbedding nodes between projection and Attention, or None.
+        q_norm, k_norm: Per-head norms on query and key (QK-norm), or None.
+        heads, kv_heads, head_dim: H, Hkv, c.
+        mask: Attention mask value, or None.
+        is_causal: The node's own causal flag.
+        past_key, past_value, present_key, present_value: KV cache, or None.
+    """
+
+    node: ir.Node
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    q_rotary: ir.Node | None
+    k_rotary: ir.Node | None
+    q_norm: Norm | None
+    k_norm: Norm | None
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    softcap: float
+    mask: ir.Value | None
+    is_causal: bool
+    past_key: ir.Value | None
+    past_value: ir.Value | None
+    present_key: ir.Value | None
+    present_value: ir.Value | None
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """A plain or gated MLP.
+
+    plain: down(act(up(x))); gated: down(act(gate(x)) * up(x)).
+
+    Attributes:
+        activation: "gelu", "gelu-tanh", "silu", "quick-gelu", "relu", "tanh", ... (op type in
+            lower case for anything else).
+        inner: The nodes between the first projections' outputs and ``down.input``, in order.
+    """
+
+    up: Linear
+    gate: Linear | None
+    down: Linear
+    activation: str
+    inner: tuple[ir.Node, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer layer.
+
+    Attributes:
+        index: 0-based, in residual-stream order.
+        input: The residual stream [B, S, D] entering the block.
+        hidden: The stream between attention and MLP (the value the MLP's norm reads for pre-norm,
+            the first norm's output for post-norm), None for parallel blocks.
+        output: The stream leaving the block.
+        attention_norm, mlp_norm: The norms n1 and n2 of ``Style``; equal for one-norm parallel
+            blocks.
+        attention_add, mlp_add: The residual adds (for parallel blocks the two adds in any order).
+        extras: Anything not plain, as reasons a pass can print: "norm after attention",
+            "layer scale", "mixture of experts", "residual scale", ...
+    """
+
+    index: int
+    style: Style
+    input: ir.Value
+    hidden: ir.Value | None
+    output: ir.Value
+    attention_norm: Norm
+    mlp_norm: Norm
+    attention: Attention
+    mlp: Mlp
+    attention_add: ir.Node
+    mlp_add: ir.Node
+    extras: tuple[str, ...] = ()
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of the residual stream."""
+        return int(self.attention.o.weight.shape[1])  # type: ignore[index,arg-type]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What was found in a model.
+
+    Attributes:
+        blocks: In residual-stream order; empty for a model without recognised blocks.
+        misses: Attention or MLP candidates that did not become a block: (node name, reason).
+    """
+
+    blocks: tuple[Block, ...]
+    misses: tuple[tuple[str, str], ...] = ()
