@@ -1,12 +1,21 @@
 """Finds the transformer blocks of a canonical graph.
 
 Passes ask ``find_blocks`` and never match subgraphs themselves.
+
+The search starts at each Attention node and follows its output projection to the residual add. The
+other operand of that add is the stream, and tells the style: the input of the norm before the
+projections (pre-norm), the value the projections read themselves (post-norm), or a sum with an MLP
+that reads the same stream (parallel).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import onnx_ir as ir
 
+from optimizer import block_parts as parts
 from optimizer.structure import (
     Attention,
     Block,
@@ -38,4 +47,210 @@ def find_blocks(model: ir.Model) -> Structure:
         The blocks, and what came close with the reason why it is none. Never raises for an
         unfamiliar graph.
     """
-    raise NotImplementedError
+    blocks: list[Block] = []
+    misses: list[tuple[str, str]] = []
+    for node in model.graph:
+        if node.domain != "":
+            continue
+        if node.op_type == "Attention":
+            found = _block(node, len(blocks))
+            if isinstance(found, Block):
+                blocks.append(found)
+            else:
+                misses.append((node.name or "Attention", found))
+        elif node.op_type == "Softmax" and _weighs_values(node):
+            misses.append((node.name or "Softmax", "the attention was not recognised"))
+    return Structure(tuple(blocks), tuple(misses))
+
+
+def _weighs_values(softmax: ir.Node) -> bool:
+    """Whether a Softmax looks like the one of an attention: its result is multiplied by values."""
+    pending, value = 3, softmax.outputs[0]
+    while pending:
+        for matmul in parts.users(value, "MatMul"):
+            if matmul.inputs[0] is value and parts.weight_of(parts.operands(matmul)[1]) is None:
+                return True
+        where = next(parts.users(value, "Where"), None)
+        if where is None:
+            return False
+        value, pending = where.outputs[0], pending - 1
+    return False
+
+
+@dataclass(frozen=True)
+class _Tail:
+    """The MLP half of a block."""
+
+    style: Style
+    hidden: ir.Value | None
+    output: ir.Value
+    attention_norm: Norm
+    mlp_norm: Norm
+    mlp: Mlp
+    attention_add: ir.Node
+    mlp_add: ir.Node
+    extras: tuple[str, ...]
+
+
+def _block(node: ir.Node, index: int) -> Block | str:
+    attention = parts.attention(node)
+    if isinstance(attention, str):
+        return attention
+    branches = parts.forward_branches(attention.o.output, "attention")
+    if not branches:
+        return "the attention's result is not added to a residual stream"
+    reasons = []
+    for branch, add in branches:
+        tail = _tail(attention, branch, add)
+        if isinstance(tail, _Tail):
+            return _assemble(index, attention, branch, tail)
+        reasons.append(tail)
+    return reasons[0]
+
+
+def _assemble(index: int, attention: Attention, branch: parts.Branch, tail: _Tail) -> Block:
+    extras = [*branch.extras, *tail.extras]
+    linears = (attention.q, attention.k, attention.v, attention.o, *_linears(tail.mlp))
+    if any(parts.node_of(layer.weight, "DequantizeLinear") for layer in linears):
+        extras.append("quantized weights")
+    if len(attention.node.outputs) > 3 and attention.node.outputs[3].uses():
+        extras.append("attention scores are read")
+    return Block(
+        index=index,
+        style=tail.style,
+        input=(
+            parts.before_quantization(attention.q.input)
+            if tail.style is Style.POST_NORM
+            else tail.attention_norm.input
+        ),
+        hidden=tail.hidden,
+        output=tail.output,
+        attention_norm=tail.attention_norm,
+        mlp_norm=tail.mlp_norm,
+        attention=attention,
+        mlp=tail.mlp,
+        attention_add=tail.attention_add,
+        mlp_add=tail.mlp_add,
+        extras=tuple(dict.fromkeys(extras)),
+    )
+
+
+def _linears(mlp: Mlp) -> tuple[Linear, ...]:
+    return (mlp.up, mlp.down) if mlp.gate is None else (mlp.up, mlp.gate, mlp.down)
+
+
+def _tail(attention: Attention, branch: parts.Branch, add: ir.Node) -> _Tail | str:
+    """Everything after the first add that the attention's branch reaches."""
+    source = parts.before_quantization(attention.q.input)
+    rest = parts.other(add, branch.end)
+    if rest is source:
+        return _post_norm(add, source)
+    before = parts.norm(source)
+    if before is None:
+        return "no norm before the attention, and its input is not the residual stream"
+    stream = before.input
+    if rest is stream:
+        return _sequential(before, add)
+    return _joined(before, add, rest)
+
+
+def _sequential(before: Norm, add: ir.Node) -> _Tail | str:
+    """``h = x + a`` came first: pre-norm, or parallel when the MLP reads x."""
+    hidden, stream = add.outputs[0], before.input
+    reason = "no MLP adds to the stream after the attention"
+    for second in parts.users(hidden, "Add"):
+        found = _mlp_branch(parts.other(second, hidden))
+        if isinstance(found, str):
+            reason = found
+            continue
+        mlp, after, extras = found
+        if after is None:
+            reason = "no norm before the MLP"
+        elif after.input is hidden:
+            output = second.outputs[0]
+            return _Tail(Style.PRE_NORM, hidden, output, before, after, mlp, add, second, extras)
+        elif after.input is stream:
+            return _parallel(before, after, mlp, add, second, extras)
+        else:
+            reason = "the MLP's norm reads neither the block's input nor the attention's sum"
+    return reason
+
+
+def _joined(before: Norm, add: ir.Node, rest: ir.Value) -> _Tail | str:
+    """Parallel blocks in the other associations: ``(a + m) + x`` and ``a + (x + m)``."""
+    stream = before.input
+    candidates: Iterator[tuple[ir.Value, ir.Node]] = (
+        (rest, second)
+        for second in parts.users(add.outputs[0], "Add")
+        if parts.other(second, add.outputs[0]) is stream
+    )
+    inner = parts.node_of(rest, "Add")
+    if inner is not None and stream in parts.operands(inner):
+        candidates = iter([(parts.other(inner, stream), inner)])
+    reason = "the attention's result is added to something that is not the residual stream"
+    for end, second in candidates:
+        found = _mlp_branch(end)
+        if isinstance(found, str):
+            reason = found
+            continue
+        mlp, after, extras = found
+        if after is not None and after.input is stream:
+            return _parallel(before, after, mlp, add, second, extras)
+        reason = "the MLP added to the attention reads another value than the stream"
+    return reason
+
+
+def _parallel(
+    before: Norm, after: Norm, mlp: Mlp, add: ir.Node, second: ir.Node, extras: tuple[str, ...]
+) -> _Tail:
+    """The output is the later of the two adds: the one that reads the other's result."""
+    last = add if second.outputs[0] in add.inputs else second
+    return _Tail(Style.PARALLEL, None, last.outputs[0], before, after, mlp, add, second, extras)
+
+
+def _post_norm(add: ir.Node, source: ir.Value) -> _Tail | str:
+    """``h = n1(x + a)``, ``y = n2(h + mlp(h))``."""
+    reason = "no norm after the attention's sum"
+    for first in _norms_of(add.outputs[0]):
+        hidden = first.output
+        reason = "no MLP adds to the stream after the attention"
+        for second in parts.users(hidden, "Add"):
+            found = _mlp_branch(parts.other(second, hidden))
+            if isinstance(found, str):
+                reason = found
+                continue
+            mlp, _, extras = found
+            if parts.before_quantization(mlp.up.input) is not hidden:
+                reason = "the MLP reads another value than the stream"
+                continue
+            last = next(_norms_of(second.outputs[0]), None)
+            if last is None:
+                reason = "no norm after the MLP's sum"
+                continue
+            return _Tail(
+                Style.POST_NORM, hidden, last.output, first, last, mlp, add, second, extras
+            )
+    if reason == "no norm after the attention's sum" and parts.norm(source) is None:
+        return "neither a norm before the attention nor one after its sum"
+    return reason
+
+
+def _norms_of(value: ir.Value) -> Iterator[Norm]:
+    for op_type in ("LayerNormalization", "RMSNormalization"):
+        for node in parts.users(value, op_type):
+            found = parts.norm(node.outputs[0])
+            if found is not None and found.input is value:
+                yield found
+
+
+def _mlp_branch(end: ir.Value) -> tuple[Mlp, Norm | None, tuple[str, ...]] | str:
+    """The MLP whose branch ends in ``end``, and the norm it reads from."""
+    found = parts.backward_linear(end, "MLP")
+    if found is None:
+        routed = parts.routes_experts(end)
+        return "mixture of experts" if routed else "the branch does not end in a linear layer"
+    down, extras = found
+    mlp = parts.mlp(down)
+    if isinstance(mlp, str):
+        return mlp
+    return mlp, parts.norm(parts.before_quantization(mlp.up.input)), extras

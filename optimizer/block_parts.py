@@ -1,0 +1,398 @@
+"""Recognises the parts of a transformer block in a canonical graph.
+
+A part is found from one of its values and returned as a view (``optimizer.structure``), or as a
+reason why there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from optimizer import graph as graphs
+from optimizer.structure import Attention, Linear, Mlp, Norm, NormKind
+
+_NORMS = {"LayerNormalization": NormKind.LAYER, "RMSNormalization": NormKind.RMS}
+_ROUTING = frozenset({"TopK", "NonZero", "ScatterND", "GatherElements", "ScatterElements"})
+_UNARY = frozenset(
+    {
+        "Celu", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu",
+        "Mish", "Neg", "Pow", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Sqrt", "Swish",
+        "Tanh", "ThresholdedRelu",
+    }
+)  # fmt: skip
+_BINARY = frozenset({"Add", "Div", "Mul", "Sub", "Pow"})
+# Longer chains than this between a projection and its residual add, or inside an MLP, are no MLP.
+_MAX_CHAIN = 8
+_MAX_INNER = 24
+
+
+def node_of(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """The producer of ``value`` if it is the standard operator ``op_type``."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == op_type and node.domain == "" else None
+
+
+def operands(node: ir.Node) -> tuple[ir.Value, ir.Value]:
+    """Both inputs of a binary node."""
+    first, second = node.inputs[0], node.inputs[1]
+    if first is None or second is None:
+        msg = f"node '{node.name}' ({node.op_type}) lacks an input"
+        raise ValueError(msg)
+    return first, second
+
+
+def other(node: ir.Node, value: ir.Value) -> ir.Value:
+    """The operand of a binary node that is not ``value``."""
+    first, second = operands(node)
+    return second if first is value else first
+
+
+def users(value: ir.Value, op_type: str) -> Iterator[ir.Node]:
+    """The standard nodes of one type that read ``value``, each once, in order of use."""
+    nodes = dict.fromkeys(use.node for use in value.uses())
+    return (n for n in nodes if n.op_type == op_type and n.domain == "")
+
+
+def dims(value: ir.Value) -> tuple[int, ...] | None:
+    """The shape of a constant, without reading it."""
+    tensor = graphs.constant(value)
+    return None if tensor is None else tuple(int(d) for d in tensor.shape.numpy())
+
+
+def weight_of(value: ir.Value) -> ir.Value | None:
+    """``value`` if it is a constant matrix or the dequantized form of one."""
+    dequantize = node_of(value, "DequantizeLinear")
+    stored = value if dequantize is None else dequantize.inputs[0]
+    shape = None if stored is None else dims(stored)
+    return value if shape is not None and len(shape) == 2 else None
+
+
+def linear(output: ir.Value) -> Linear | None:
+    """The linear layer whose result is ``output``, with the bias if the last step adds one."""
+    add = node_of(output, "Add")
+    if add is None:
+        return _matmul(output, None, None)
+    for value, bias in (operands(add), operands(add)[::-1]):
+        shape = dims(bias)
+        found = _matmul(value, add, bias) if shape is not None and len(shape) == 1 else None
+        if found is not None and graphs.only_user(value) is add:
+            return found
+    return None
+
+
+def _matmul(value: ir.Value, add: ir.Node | None, bias: ir.Value | None) -> Linear | None:
+    matmul = node_of(value, "MatMul")
+    if matmul is None:
+        return None
+    source, weight = operands(matmul)
+    if weight_of(weight) is None:
+        return None
+    output = value if add is None else add.outputs[0]
+    return Linear(matmul, add, source, weight, bias, output)
+
+
+def linear_reading(value: ir.Value) -> list[Linear]:
+    """All linear layers whose input is ``value``."""
+    return [found for m in users(value, "MatMul") if (found := _from_matmul(m)) is not None]
+
+
+def _from_matmul(matmul: ir.Node) -> Linear | None:
+    result = matmul.outputs[0]
+    add = graphs.only_user(result)
+    if add is not None and add.op_type == "Add":
+        found = linear(add.outputs[0])
+        if found is not None and found.matmul is matmul:
+            return found
+    return linear(result)
+
+
+def width(layer: Linear) -> int:
+    """N, the number of outputs of a linear layer."""
+    stored = layer.weight
+    dequantize = node_of(stored, "DequantizeLinear")
+    if dequantize is not None and dequantize.inputs[0] is not None:
+        stored = dequantize.inputs[0]
+    shape = dims(stored)
+    if shape is None:
+        msg = f"weight '{layer.weight.name}' is not a constant"
+        raise ValueError(msg)
+    return shape[1]
+
+
+def before_quantization(value: ir.Value) -> ir.Value:
+    """The value under a QuantizeLinear/DequantizeLinear pair, or ``value`` itself."""
+    dequantize = node_of(value, "DequantizeLinear")
+    quantize = None if dequantize is None else node_of(dequantize.inputs[0], "QuantizeLinear")
+    source = None if quantize is None else quantize.inputs[0]
+    return value if source is None else source
+
+
+def norm(output: ir.Value) -> Norm | None:
+    """The normalization over the last axis whose result is ``output``."""
+    node = output.producer()
+    if node is None or node.domain != "" or node.op_type not in _NORMS or output.index() != 0:
+        return None
+    source, scale = node.inputs[0], node.inputs[1]
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if source is None or scale is None or graphs.constant(scale) is None:
+        return None
+    if bias is not None and graphs.constant(bias) is None:
+        return None
+    if node.attributes.get_int("axis", -1) != -1:
+        return None
+    epsilon = node.attributes.get_float("epsilon", 1e-5)
+    return Norm(node, _NORMS[node.op_type], source, scale, bias, output, float(epsilon))
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What one side of a residual add went through between its last projection and the add.
+
+    Attributes:
+        end: The operand of the add.
+        extras: What lies between, as reasons.
+    """
+
+    end: ir.Value
+    extras: tuple[str, ...] = ()
+
+
+def _between(node: ir.Node, value: ir.Value, where: str) -> str | None:
+    """Why a node after a projection is not plain; None if it does not belong to the branch."""
+    if node.domain != "":
+        return None
+    if node.op_type in _NORMS:
+        return f"norm after {where}"
+    if node.op_type in ("Mul", "Div"):
+        shape = dims(other(node, value))
+        if shape is None:
+            return None
+        return f"layer scale after {where}" if _size(shape) > 1 else f"residual scale after {where}"
+    if node.op_type in _UNARY or node.op_type == "Cast":
+        return f"{node.op_type} after {where}"
+    return None
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    result = 1
+    for d in shape:
+        result *= d
+    return result
+
+
+def forward_branches(start: ir.Value, where: str) -> list[tuple[Branch, ir.Node]]:
+    """All residual adds that ``start`` reaches through its own branch, with what lies between."""
+    value, extras = start, ()
+    for _ in range(_MAX_CHAIN):
+        adds = list(users(value, "Add"))
+        if adds:
+            return [(Branch(value, extras), add) for add in adds]
+        nodes = list(dict.fromkeys(use.node for use in value.uses()))
+        if len(nodes) != 1:
+            return []
+        reason = _between(nodes[0], value, where)
+        if reason is None:
+            return []
+        value, extras = nodes[0].outputs[0], (*extras, reason)
+    return []
+
+
+def backward_linear(end: ir.Value, where: str) -> tuple[Linear, tuple[str, ...]] | None:
+    """The last projection of the branch that ends in ``end``, and what lies between."""
+    value, extras = end, ()
+    for _ in range(_MAX_CHAIN):
+        found = linear(value)
+        if found is not None:
+            return found, extras
+        node = value.producer()
+        if node is None:
+            return None
+        source = _branch_input(node)
+        reason = None if source is None else _between(node, source, where)
+        if source is None or reason is None:
+            return None
+        value, extras = source, (reason, *extras)
+    return None
+
+
+def _branch_input(node: ir.Node) -> ir.Value | None:
+    """The operand that carries the branch: the one that is not constant."""
+    values = [v for v in node.inputs if v is not None and graphs.constant(v) is None]
+    return values[0] if len(values) == 1 else None
+
+
+def mlp(down: Linear) -> Mlp | str:
+    """The MLP that ends in ``down``, or why it is none."""
+    inner: dict[ir.Node, None] = {}
+    first: dict[ir.Value, Linear] = {}
+    stack = [before_quantization(down.input)]
+    while stack:
+        value = stack.pop()
+        found = linear(value)
+        if found is not None:
+            first.setdefault(value, found)
+            continue
+        if graphs.constant(value) is not None:
+            continue
+        node = value.producer()
+        if node is not None and node in inner:
+            continue
+        if node is None or node.domain != "" or len(inner) >= _MAX_INNER:
+            return "the MLP does not start with a linear layer"
+        if node.op_type in _ROUTING:
+            return "mixture of experts"
+        if node.op_type not in _UNARY | _BINARY:
+            return f"{node.op_type} inside the MLP"
+        inner[node] = None
+        stack.extend(v for v in reversed(node.inputs) if v is not None)
+    ordered = _sorted(inner)
+    linears = list(first.values())
+    if len(linears) == 1:
+        return Mlp(linears[0], None, down, _activation(linears[0].output, ordered), ordered)
+    if len(linears) != 2:
+        return f"{len(linears)} linear layers enter the MLP's last one, expected 1 or 2"
+    return _gated(down, linears, ordered)
+
+
+def _gated(down: Linear, linears: list[Linear], inner: tuple[ir.Node, ...]) -> Mlp | str:
+    if linears[0].input is not linears[1].input:
+        return "the two first layers of the MLP read different values"
+    product = node_of(before_quantization(down.input), "Mul")
+    if product is None:
+        return "the two first layers of the MLP are not multiplied"
+    for up, gate in (linears, linears[::-1]):
+        if up.output not in operands(product):
+            continue
+        side = other(product, up.output)
+        nodes = tuple(n for n in inner if n is not product)
+        if side is gate.output or (nodes and side is nodes[-1].outputs[0]):
+            return Mlp(up, gate, down, _activation(gate.output, nodes), inner)
+    return "the MLP does not multiply an activation of one layer by the other"
+
+
+def _sorted(nodes: dict[ir.Node, None]) -> tuple[ir.Node, ...]:
+    """Producers before their users."""
+    ordered: dict[ir.Node, None] = {}
+    pending = list(nodes)
+    while pending:
+        ready = [n for n in pending if not any(p in pending for p in n.predecessors())]
+        ordered.update(dict.fromkeys(ready))
+        pending = [n for n in pending if n not in ordered]
+    return tuple(ordered)
+
+
+def _activation(source: ir.Value, nodes: tuple[ir.Node, ...]) -> str:
+    """The name of the function ``nodes`` compute from ``source``."""
+    types = [n.op_type for n in nodes]
+    if not types:
+        return "identity"
+    if types == ["Gelu"]:
+        approximate = nodes[0].attributes.get_string("approximate", "none")
+        return "gelu-tanh" if approximate == "tanh" else "gelu"
+    if types == ["Swish"] and nodes[0].attributes.get_float("alpha", 1.0) == 1.0:
+        return "silu"
+    if types == ["Sigmoid", "Mul"] and source in nodes[1].inputs:
+        return "silu"
+    if types == ["Mul", "Sigmoid", "Mul"] and source in nodes[0].inputs:
+        factor = graphs.scalar(other(nodes[0], source))
+        if factor is not None and abs(factor - 1.702) < 1e-6 and source in nodes[2].inputs:
+            return "quick-gelu"
+    return "+".join(t.lower() for t in types)
+
+
+def attention(node: ir.Node) -> Attention | str:
+    """The view of a canonical Attention node, or why it is none."""
+    heads = node.attributes.get_int("q_num_heads", 0)
+    kv_heads = node.attributes.get_int("kv_num_heads", 0)
+    if not heads or not kv_heads:
+        return "the Attention has 4-D inputs, not the canonical 3-D ones"
+    sides = [_side(node.inputs[i]) for i in range(3)]
+    for name, side in zip(("query", "key", "value"), sides, strict=True):
+        if side is None:
+            return f"the {name} is not a linear projection"
+    q, k, v = (side for side in sides if side is not None)
+    if v.norm is not None or v.rotary is not None:
+        return "the value passes a norm or a rotary embedding"
+    source = q.linear.input
+    if k.linear.input is not source or v.linear.input is not source:
+        return "query, key and value read different values (cross-attention)"
+    o = _output_projection(node)
+    if o is None:
+        return "the output is not read by exactly one linear projection"
+    size, value_size = width(q.linear) // heads, width(v.linear) // kv_heads
+    if width(k.linear) != size * kv_heads or value_size != size:
+        return "query, key and value heads have different sizes"
+    present = [o for o in node.outputs[1:3]]
+    present_key, present_value = (*present, None, None)[:2]
+    extra = (*node.inputs[3:], None, None, None)
+    return Attention(
+        node, q.linear, k.linear, v.linear, o, q.rotary, k.rotary, q.norm, k.norm,
+        heads=heads, kv_heads=kv_heads, head_dim=size,
+        scale=node.attributes.get_float("scale", size**-0.5),
+        softcap=node.attributes.get_float("softcap", 0.0),
+        mask=extra[0], is_causal=bool(node.attributes.get_int("is_causal", 0)),
+        past_key=extra[1], past_value=extra[2],
+        present_key=present_key, present_value=present_value,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Side:
+    linear: Linear
+    norm: Norm | None
+    rotary: ir.Node | None
+
+
+def _side(value: ir.Value | None) -> _Side | None:
+    """What lies between a projection and an input of the Attention."""
+    if value is None:
+        return None
+    rotary = node_of(value, "RotaryEmbedding")
+    if rotary is not None and rotary.inputs[0] is not None:
+        value = rotary.inputs[0]
+    found = _head_norm(value)
+    if found is not None:
+        value = _under_reshape(found.input)
+    projection = linear(value)
+    return None if projection is None else _Side(projection, found, rotary)
+
+
+def _head_norm(value: ir.Value) -> Norm | None:
+    """A norm over the head (between two Reshapes) or over the whole width."""
+    return norm(_under_reshape(value))
+
+
+def _under_reshape(value: ir.Value) -> ir.Value:
+    reshape = node_of(value, "Reshape")
+    return value if reshape is None or reshape.inputs[0] is None else reshape.inputs[0]
+
+
+def _output_projection(node: ir.Node) -> Linear | None:
+    value = node.outputs[0]
+    user = graphs.only_user(value)
+    if user is not None and user.op_type == "QuantizeLinear":
+        user = graphs.only_user(user.outputs[0])
+        if user is not None and user.op_type == "DequantizeLinear":
+            value = user.outputs[0]
+    found = linear_reading(value)
+    readers = {use.node for use in value.uses()}
+    return found[0] if len(found) == 1 and readers == {found[0].matmul} else None
+
+
+def routes_experts(end: ir.Value) -> bool:
+    """Whether ``end`` depends on a routing operator within the last few nodes."""
+    pending, seen = [end], set()
+    while pending and len(seen) < 60:
+        node = pending.pop(0).producer()
+        if node is None or node in seen:
+            continue
+        if node.op_type in _ROUTING:
+            return True
+        if node.op_type in _NORMS:
+            continue
+        seen.add(node)
+        pending.extend(v for v in node.inputs if v is not None)
+    return False
