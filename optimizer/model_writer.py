@@ -1,0 +1,227 @@
+"""Writes models: one tensor in memory at a time, complete or not at all, the same bytes each time."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, Literal, TypeAlias
+
+import onnx
+import onnx_ir as ir
+
+from optimizer import onnx_wire
+from optimizer.errors import ExportError, OptionError
+from optimizer.onnx_wire import Progress
+
+ExternalData: TypeAlias = Literal["auto", "always", "never"]
+
+#: From this size on a model is written with external data: protobuf ends at 2 GiB, and readers
+#: that copy the message need room below that.
+EXTERNAL_FROM = 1_500_000_000
+_PROTOBUF_LIMIT = 2**31 - 1
+# Offsets of external tensors: whole pages for what is worth mapping on its own, a cache line else.
+_PAGE, _LINE, _PAGED_FROM = 4096, 64, 1 << 20
+
+
+def size_text(count: float) -> str:
+    """A number of bytes for people, in decimal units: ``438 MB``."""
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if count >= 9.95 or unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def data_path(path: Path) -> Path:
+    """Where the external data of a model written to ``path`` goes."""
+    return path.with_name(path.name + ".data")
+
+
+def check_output(path: Path, *, force: bool, protected: Sequence[Path] = ()) -> None:
+    """Refuse an output that would destroy something, before any work is done.
+
+    Args:
+        path: Of the model to be written; its ``.data`` is looked at as well.
+        force: Existing files may be replaced, protected ones never.
+        protected: The input model and its external data.
+
+    Raises:
+        OptionError: The folder is missing, the path is an input, or exists without ``force``.
+    """
+    if path.is_dir():
+        msg = (
+            f"output {path} is a folder; expected the name of a file, such as {path / 'model.onnx'}"
+        )
+        raise OptionError(msg)
+    if not path.parent.is_dir():
+        msg = f"output {path}: folder '{path.parent}' does not exist; create it first"
+        raise OptionError(msg)
+    inputs = {item.resolve() for item in protected}
+    for item in (path, data_path(path)):
+        if item.resolve() in inputs:
+            msg = (
+                f"output {item} is the input itself, which is never overwritten; choose another -o"
+            )
+            raise OptionError(msg)
+    if path.exists() and not force:
+        msg = f"output {path} exists; choose another -o, or replace it with --force"
+        raise OptionError(msg)
+
+
+def save_model(
+    model: ir.Model,
+    path: str | Path,
+    external_data: ExternalData = "auto",
+    *,
+    force: bool = False,
+    protected: Sequence[Path] = (),
+    progress: Progress | None = None,
+) -> tuple[Path, ...]:
+    """Write a model under a temporary name, then rename it.
+
+    Args:
+        model: Unchanged.
+        path: Of the ``.onnx`` file; external data goes to ``path`` + ``.data``.
+        external_data: ``auto`` writes it from 1.5 GB on.
+        force: Replace existing files.
+        protected: Files that are never replaced.
+        progress: Called with (bytes written, bytes in all).
+
+    Returns:
+        The files written, the model first.
+
+    Raises:
+        OptionError: See ``check_output``; or ``never`` with a model too large for one file.
+        ExportError: The system refused to write. Nothing is left behind.
+    """
+    path = Path(path)
+    check_output(path, force=force, protected=protected)
+    streamed = _streamed(model)
+    total = sum(tensor.nbytes for _, tensor in streamed)
+    if external_data == "never" and total > _PROTOBUF_LIMIT:
+        msg = f"a model of {size_text(total)} does not fit one file (limit 2.1 GB); drop --external-data never"
+        raise OptionError(msg)
+    outside = external_data == "always" or (external_data == "auto" and total >= EXTERNAL_FROM)
+    targets = (path, data_path(path)) if outside else (path,)
+    with _complete_or_nothing(targets, total) as files:
+        if outside:
+            _write_external(model, streamed, files[0], files[1], targets[1].name, progress)
+        else:
+            _write_inline(model, streamed, files[0], progress)
+    return targets
+
+
+def _streamed(model: ir.Model) -> list[tuple[ir.Value, ir.TensorProtocol]]:
+    """Initializers of the main graph that are written without protobuf, in order."""
+    return [
+        (value, value.const_value)
+        for value in model.graph.initializers.values()
+        if value.const_value is not None
+        and value.const_value.dtype != ir.DataType.STRING
+        and value.const_value.nbytes > onnx_wire.INLINE_LIMIT
+    ]
+
+
+def _placed(
+    streamed: Sequence[tuple[ir.Value, ir.TensorProtocol]], location: str
+) -> list[ir.ExternalTensor]:
+    """The same tensors as references into a data file."""
+    places = []
+    end = 0
+    for value, tensor in streamed:
+        step = _PAGE if tensor.nbytes >= _PAGED_FROM else _LINE
+        start = -(-end // step) * step
+        end = start + tensor.nbytes
+        places.append(
+            ir.ExternalTensor(
+                location,
+                start,
+                tensor.nbytes,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=value.name or "",
+            )
+        )
+    return places
+
+
+def _serialized(
+    model: ir.Model,
+    streamed: Sequence[tuple[ir.Value, ir.TensorProtocol]],
+    places: Sequence[ir.ExternalTensor],
+) -> onnx.ModelProto:
+    """The model as protobuf, with references in place of the streamed tensors."""
+    try:
+        for (value, _), place in zip(streamed, places, strict=True):
+            value.const_value = place
+        return ir.to_proto(model)
+    finally:
+        for value, tensor in streamed:
+            value.const_value = tensor
+
+
+def _write_external(
+    model: ir.Model,
+    streamed: Sequence[tuple[ir.Value, ir.TensorProtocol]],
+    file: BinaryIO,
+    data: BinaryIO,
+    location: str,
+    progress: Progress | None,
+) -> None:
+    places = _placed(streamed, location)
+    file.write(_serialized(model, streamed, places).SerializeToString(deterministic=True))
+    total = sum(place.nbytes for place in places)
+    written = 0
+    for (_, tensor), place in zip(streamed, places, strict=True):
+        gap = (place.offset or 0) - data.tell()
+        data.write(b"\0" * gap)
+        onnx_wire.write_tensor(tensor, data)
+        written += tensor.nbytes
+        if progress is not None:
+            progress(written, total)
+
+
+def _write_inline(
+    model: ir.Model,
+    streamed: Sequence[tuple[ir.Value, ir.TensorProtocol]],
+    file: BinaryIO,
+    progress: Progress | None,
+) -> None:
+    proto = _serialized(model, streamed, _placed(streamed, "inline"))
+    by_name = {value.name: tensor for value, tensor in streamed}
+    tensors = [by_name.get(item.name) for item in proto.graph.initializer]
+    onnx_wire.write_inline(proto, tensors, file, progress)
+
+
+@contextlib.contextmanager
+def _complete_or_nothing(targets: Sequence[Path], size: int) -> Iterator[list[BinaryIO]]:
+    """Open a temporary file per target; rename all on success, remove all on any other way out."""
+    temporary = [item.with_name(f".{item.name}.{os.getpid()}.tmp") for item in targets]
+    with contextlib.ExitStack() as cleanup:
+        for item in temporary:
+            cleanup.callback(item.unlink, missing_ok=True)
+        try:
+            with contextlib.ExitStack() as open_files:
+                yield [open_files.enter_context(item.open("xb")) for item in temporary]
+            # The data first: a model file whose data is not there yet would be a partial output.
+            for item, target in reversed(list(zip(temporary, targets, strict=True))):
+                item.replace(target)
+        except OSError as error:
+            raise _export_error(targets[0], size, error) from error
+
+
+def _export_error(path: Path, size: int, error: OSError) -> ExportError:
+    reason = error.strerror or str(error)
+    free = shutil.disk_usage(path.parent).free
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) or free < size:
+        advice = (
+            f"about {size_text(size)} needed, {size_text(free)} free; make room or choose another "
+            "folder with -o"
+        )
+    else:
+        advice = "choose another folder with -o"
+    return ExportError(f"{path}: could not be written: {reason}; {advice}; nothing was kept")
