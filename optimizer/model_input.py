@@ -52,9 +52,7 @@ def check_versions(model: ir.Model) -> None:
         msg = "imports no operator set; expected an opset_import of the standard operators"
         raise ModelError(msg)
     if opset is not None and opset > MAX_OPSET:
-        msg = (
-            f"uses opset {opset}, the newest supported one is {MAX_OPSET}; export it with opset 23"
-        )
+        msg = f"uses opset {opset}, the newest supported is {MAX_OPSET}; export it with opset 23"
         raise UnsupportedError(msg)
     newest = int(onnx.IR_VERSION)
     if model.ir_version > newest:
@@ -89,7 +87,7 @@ def check_operators(model: ir.Model, custom_ops: Sequence[Path]) -> None:
         if not onnx.defs.has(node.op_type, opset, domain):
             msg = (
                 f"node '{node.name}' is operator {node.op_type}, which opset {opset} of domain "
-                f"'{domain or 'ai.onnx'}' does not define; expected a model that passes onnx.checker"
+                f"'{domain or 'ai.onnx'}' does not define; expected a model that onnx.checker accepts"
             )
             raise ModelError(msg)
 
@@ -173,11 +171,7 @@ def check_tensors(model: ir.Model) -> None:
     """
     for value in _initializers(model):
         tensor = value.const_value
-        if (
-            tensor is None
-            or tensor.dtype in _RAGGED
-            or not isinstance(tensor, ir.TensorProtoTensor)
-        ):
+        if not isinstance(tensor, ir.serde.TensorProtoTensor) or tensor.dtype in _RAGGED:
             continue
         raw = tensor.raw
         dims = tuple(raw.dims)
@@ -217,7 +211,7 @@ def check_numbers(model: ir.Model) -> None:
             what = f"{nan} NaN" if nan else f"{infinite} infinite"
             msg = (
                 f"initializer '{value.name}' {list(tensor.shape)} holds {what} of {tensor.size} "
-                "numbers; expected finite weights, so export the model again from a sound checkpoint"
+                "numbers; expected finite weights: export the model again from a sound checkpoint"
             )
             raise ModelError(msg)
 

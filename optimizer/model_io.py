@@ -80,7 +80,10 @@ def _check_file(path: Path) -> None:
         msg = f"{path}: is a folder; {advice}"
         raise ModelError(msg)
     if not path.exists():
-        msg = f"{path}: there is no such file; expected an .onnx file, hf:FOLDER or package.module:factory"
+        msg = (
+            f"{path}: there is no such file; expected an .onnx file, hf:FOLDER or "
+            "package.module:factory"
+        )
         raise ModelError(msg)
     try:
         with path.open("rb") as file:
@@ -117,7 +120,7 @@ def _read(path: Path) -> ir.Model:
         msg = "holds no ONNX graph; expected a ModelProto with graph and ir_version"
         raise ModelError(msg)
     try:
-        model = ir.from_proto(proto)
+        model: ir.Model = ir.from_proto(proto)
     except (ir.serde.SerdeError, ValueError, TypeError, KeyError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0][:300]
         msg = f"is not a valid model: {reason}"

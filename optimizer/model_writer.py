@@ -1,4 +1,4 @@
-"""Writes models: one tensor in memory at a time, complete or not at all, the same bytes each time."""
+"""Writes models: one tensor in memory at a time, completely or not at all, always the same bytes."""
 
 from __future__ import annotations
 
@@ -103,10 +103,13 @@ def save_model(
     streamed = _streamed(model)
     total = sum(tensor.nbytes for _, tensor in streamed)
     if external_data == "never" and total > _PROTOBUF_LIMIT:
-        msg = f"a model of {size_text(total)} does not fit one file (limit 2.1 GB); drop --external-data never"
+        msg = (
+            f"a model of {size_text(total)} does not fit one file (limit 2.1 GB); drop "
+            "--external-data never"
+        )
         raise OptionError(msg)
     outside = external_data == "always" or (external_data == "auto" and total >= EXTERNAL_FROM)
-    targets = (path, data_path(path)) if outside else (path,)
+    targets: tuple[Path, ...] = (path, data_path(path)) if outside else (path,)
     with _complete_or_nothing(targets, total) as files:
         if outside:
             _write_external(model, streamed, files[0], files[1], targets[1].name, progress)
