@@ -1,0 +1,258 @@
+"""Runs models in ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from optimizer.errors import MissingDependencyError, ModelError, OptimizerError, UnsupportedError
+from optimizer.proto import skeleton
+from optimizer.runners.base import Feed
+from optimizer.samples import InputSpec, check_feed
+
+#: Types that numpy has no element type for stay in the protobuf.
+_INLINE = tuple(
+    t
+    for t in ir.DataType
+    if t.name.startswith(("INT4", "UINT4", "INT2", "UINT2", "FLOAT4", "STRING"))
+)
+
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(double)": "float64",
+    "tensor(float16)": "float16",
+    "tensor(bool)": "bool",
+    "tensor(string)": "object",
+    **{f"tensor({s}int{bits})": f"{s}int{bits}" for s in ("", "u") for bits in (8, 16, 32, 64)},
+}
+
+
+def import_onnxruntime() -> Any:
+    """The ``onnxruntime`` module.
+
+    Raises:
+        MissingDependencyError: It is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"ONNX Runtime cannot be imported ({error}); install it with "
+            "`pip install optimize-onnx[cpu]`."
+        ) from error
+    return onnxruntime
+
+
+class OrtRunner:
+    """One ONNX Runtime session.
+
+    The graph is handed over as protobuf without its large initializers; those are passed by
+    reference, so the weights are neither copied nor serialized, and there is no size limit.
+    The session sees the model as it is at construction: later changes to the graph do not
+    reach it.
+
+    Attributes:
+        inputs: What a feed must hold.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model | str | Path,
+        *,
+        threads: int = 1,
+        extra_outputs: Sequence[ir.Value] = (),
+        optimize: bool = True,
+        custom_ops: Sequence[str | Path] = (),
+    ) -> None:
+        """Create the session.
+
+        Args:
+            model: A graph, or the path of an ONNX file.
+            threads: Threads within an operator; 0 leaves the choice to ONNX Runtime.
+            extra_outputs: Values of the main graph to return besides the model's outputs.
+            optimize: Let ONNX Runtime optimize the graph.
+            custom_ops: Libraries of custom operators to register.
+
+        Raises:
+            MissingDependencyError: ONNX Runtime, or an operator's library, is missing.
+            UnsupportedError: ONNX Runtime has no kernel for an operator.
+            ModelError: The model is not valid.
+        """
+        ort = import_onnxruntime()
+        self._passed: tuple[str, ...] = ()
+        self._weights: list[Any] = []
+        options = session_options(threads=threads, optimize=optimize, custom_ops=custom_ops)
+        if isinstance(model, ir.Model):
+            source: str | bytes = self._serialize(model, options, extra_outputs)
+        else:
+            source = str(model)
+        where = f"model '{model}'" if isinstance(source, str) else "model"
+        try:
+            self._session = ort.InferenceSession(
+                source, options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            raise translate_error(error, where) from error
+        self.inputs = tuple(_input_spec(value) for value in self._session.get_inputs())
+        self._outputs = tuple(value.name for value in self._session.get_outputs())
+        self._where = where
+
+    def _serialize(self, model: ir.Model, options: Any, extra_outputs: Sequence[ir.Value]) -> bytes:
+        outputs = list(model.graph.outputs)
+        named = {value.name for value in outputs}
+        passed = []
+        for value in extra_outputs:
+            if value.name in named:
+                continue
+            named.add(value.name)
+            # A value nothing computes would only be copied from the feed by the runtime.
+            if value.is_graph_input():
+                passed.append(str(value.name))
+            else:
+                outputs.append(value)
+        self._passed = tuple(passed)
+        proto, large = skeleton(model, outputs=outputs, keep=_INLINE)
+        if large:
+            # The session reads this memory as long as it lives, but does not own it.
+            self._weights = [_ort_value(t) for t in large.values()]
+            options.add_external_initializers(list(large), self._weights)
+        return bytes(proto.SerializeToString(deterministic=True))
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the inputs that a feed must hold."""
+        return tuple(spec.name for spec in self.inputs)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the outputs, the model's own first."""
+        return self._outputs + self._passed
+
+    @property
+    def session(self) -> Any:
+        """The ``onnxruntime.InferenceSession``."""
+        return self._session
+
+    def run(self, feed: Feed) -> dict[str, np.ndarray]:
+        """Run once and return every output by name.
+
+        Raises:
+            CalibrationError: The feed does not fit the inputs.
+            ModelError: The run failed; names the node.
+        """
+        check_feed(feed, self.inputs, "feed")
+        try:
+            arrays = self._session.run(None, dict(feed))
+        except Exception as error:
+            raise translate_error(error, self._where) from error
+        result = dict(zip(self._outputs, arrays, strict=True))
+        for name in self._passed:
+            result[name] = feed[name]
+        return result
+
+
+def session_options(
+    *, threads: int = 1, optimize: bool = True, custom_ops: Sequence[str | Path] = ()
+) -> Any:
+    """Options of a quiet session.
+
+    Raises:
+        MissingDependencyError: A custom operator library cannot be loaded.
+    """
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    for library in custom_ops:
+        try:
+            options.register_custom_ops_library(str(library))
+        except Exception as error:
+            raise MissingDependencyError(
+                f"the custom operator library {library} cannot be loaded: {_first_line(error)}"
+            ) from error
+    return options
+
+
+def _ort_value(tensor: ir.TensorProtocol) -> Any:
+    ort = import_onnxruntime()
+    array = np.ascontiguousarray(tensor.numpy())
+    if array.dtype.kind in "fiub" and array.dtype.isbuiltin == 1:
+        return ort.OrtValue.ortvalue_from_numpy(array)
+    # bfloat16 and the 8-bit floats are passed as the integers that hold their bits.
+    bits = array.view(f"uint{array.dtype.itemsize * 8}")
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, tensor.dtype.value)
+
+
+def _input_spec(value: Any) -> InputSpec:
+    dtype = np.dtype(_DTYPES.get(value.type, "object"))
+    shape = tuple(d if isinstance(d, int) or d else None for d in value.shape)
+    return InputSpec(value.name, dtype, shape)
+
+
+_UNREGISTERED = re.compile(r"(?P<op>[\w.]*:?\w+)\(-?\d+\) is not a registered function/op")
+_NO_SCHEMA = re.compile(r"No Op registered for (?P<op>\w+) with domain_version of (?P<v>\d+)")
+_NO_KERNEL = re.compile(
+    r"Could not find an implementation for (?P<op>[\w.:]+\(\d+\)) node with name '(?P<node>[^']*)'"
+)
+_RUNNING = re.compile(
+    r"running (?P<op>\w+) node\. Name:'(?P<node>[^']*)' Status Message: (?P<m>.*)",
+    re.DOTALL,
+)
+_INVALID = re.compile(
+    r'In Node, \("(?P<node>[^"]*)", (?P<op>\w+), "(?P<domain>[^"]*)", -?\d+\).*?, Error (?P<m>.*)'
+)
+_IN_NODE = re.compile(
+    r"Node \((?P<node>[^)]*)\) Op \((?P<op>[^)]*)\) (?P<m>.*)|"
+    r"Node:(?P<node2>\S*) (?P<m2>.*)",
+    re.DOTALL,
+)
+
+
+def translate_error(error: Exception, where: str) -> OptimizerError:
+    """ONNX Runtime's message as an error that says which node and operator and what to do."""
+    text = _first_line(error)
+    version = import_onnxruntime().__version__
+    if found := _UNREGISTERED.search(text):
+        op = found["op"]
+        if ":" in op and not op.startswith("ai.onnx:"):
+            return MissingDependencyError(
+                f"{where}: ONNX Runtime {version} does not know the operator "
+                f"{op.replace(':', '.')}; name the library that has it with --custom-ops LIB."
+            )
+        return UnsupportedError(f"{where}: ONNX Runtime {version} does not know the operator {op}.")
+    if found := _NO_SCHEMA.search(text):
+        return UnsupportedError(
+            f"{where}: ONNX Runtime {version} does not know the operator {found['op']} of opset "
+            f"{found['v']}; use a lower opset or a newer ONNX Runtime."
+        )
+    if found := _NO_KERNEL.search(text):
+        return UnsupportedError(
+            f"{where}: node '{found['node']}': ONNX Runtime {version} has no CPU kernel for "
+            f"{found['op']} with these element types."
+        )
+    if found := _RUNNING.search(text):
+        return ModelError(
+            f"{where}: node '{found['node']}' ({found['op']}) failed: {found['m'].strip()}"
+        )
+    if found := _INVALID.search(text):
+        return ModelError(f"{where}: node '{found['node']}' ({found['op']}): {found['m'].strip()}")
+    if found := _IN_NODE.search(text):
+        node, message = found["node"] or found["node2"], found["m"] or found["m2"]
+        op = f" ({found['op']})" if found["op"] else ""
+        return ModelError(f"{where}: node '{node}'{op}: {message.strip()}")
+    return ModelError(f"{where}: ONNX Runtime {version} cannot load or run it: {text}")
+
+
+def _first_line(error: Exception) -> str:
+    """The message without ONNX Runtime's prefix and source locations, on one line."""
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error))
+    text = re.sub(r"/\S+\.(?:cc|h|hpp):\d+ ", "", text)
+    return " ".join(text.split())[:600]
