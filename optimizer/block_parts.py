@@ -6,12 +6,12 @@ reason why there is none.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from optimizer import graph as graphs
+from optimizer.nodes import dims, node_of, operands, other, users
 from optimizer.structure import Attention, Linear, Mlp, Norm, NormKind
 
 _NORMS = {"LayerNormalization": NormKind.LAYER, "RMSNormalization": NormKind.RMS}
@@ -27,39 +27,6 @@ _BINARY = frozenset({"Add", "Div", "Mul", "Sub", "Pow"})
 # Longer chains than this between a projection and its residual add, or inside an MLP, are no MLP.
 _MAX_CHAIN = 8
 _MAX_INNER = 24
-
-
-def node_of(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    """The producer of ``value`` if it is the standard operator ``op_type``."""
-    node = None if value is None else value.producer()
-    return node if node is not None and node.op_type == op_type and node.domain == "" else None
-
-
-def operands(node: ir.Node) -> tuple[ir.Value, ir.Value]:
-    """Both inputs of a binary node."""
-    first, second = node.inputs[0], node.inputs[1]
-    if first is None or second is None:
-        msg = f"node '{node.name}' ({node.op_type}) lacks an input"
-        raise ValueError(msg)
-    return first, second
-
-
-def other(node: ir.Node, value: ir.Value) -> ir.Value:
-    """The operand of a binary node that is not ``value``."""
-    first, second = operands(node)
-    return second if first is value else first
-
-
-def users(value: ir.Value, op_type: str) -> Iterator[ir.Node]:
-    """The standard nodes of one type that read ``value``, each once, in order of use."""
-    nodes = dict.fromkeys(use.node for use in value.uses())
-    return (n for n in nodes if n.op_type == op_type and n.domain == "")
-
-
-def dims(value: ir.Value) -> tuple[int, ...] | None:
-    """The shape of a constant, without reading it."""
-    tensor = graphs.constant(value)
-    return None if tensor is None else tuple(int(d) for d in tensor.shape.numpy())
 
 
 def weight_of(value: ir.Value) -> ir.Value | None:
@@ -185,7 +152,8 @@ def _size(shape: tuple[int, ...]) -> int:
 
 def forward_branches(start: ir.Value, where: str) -> list[tuple[Branch, ir.Node]]:
     """All residual adds that ``start`` reaches through its own branch, with what lies between."""
-    value, extras = start, ()
+    value = start
+    extras: tuple[str, ...] = ()
     for _ in range(_MAX_CHAIN):
         adds = list(users(value, "Add"))
         if adds:
@@ -202,7 +170,8 @@ def forward_branches(start: ir.Value, where: str) -> list[tuple[Branch, ir.Node]
 
 def backward_linear(end: ir.Value, where: str) -> tuple[Linear, tuple[str, ...]] | None:
     """The last projection of the branch that ends in ``end``, and what lies between."""
-    value, extras = end, ()
+    value = end
+    extras: tuple[str, ...] = ()
     for _ in range(_MAX_CHAIN):
         found = linear(value)
         if found is not None:
@@ -325,8 +294,7 @@ def attention(node: ir.Node) -> Attention | str:
     size, value_size = width(q.linear) // heads, width(v.linear) // kv_heads
     if width(k.linear) != size * kv_heads or value_size != size:
         return "query, key and value heads have different sizes"
-    present = [o for o in node.outputs[1:3]]
-    present_key, present_value = (*present, None, None)[:2]
+    present_key, present_value = (*node.outputs[1:3], None, None)[:2]
     extra = (*node.inputs[3:], None, None, None)
     return Attention(
         node, q.linear, k.linear, v.linear, o, q.rotary, k.rotary, q.norm, k.norm,
@@ -384,7 +352,7 @@ def _output_projection(node: ir.Node) -> Linear | None:
 
 def routes_experts(end: ir.Value) -> bool:
     """Whether ``end`` depends on a routing operator within the last few nodes."""
-    pending, seen = [end], set()
+    pending, seen = [end], set[ir.Node]()
     while pending and len(seen) < 60:
         node = pending.pop(0).producer()
         if node is None or node in seen:

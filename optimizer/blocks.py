@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from optimizer import block_parts as parts
+from optimizer.nodes import node_of, operands, other, users
 from optimizer.structure import (
     Attention,
     Block,
@@ -67,10 +68,10 @@ def _weighs_values(softmax: ir.Node) -> bool:
     """Whether a Softmax looks like the one of an attention: its result is multiplied by values."""
     pending, value = 3, softmax.outputs[0]
     while pending:
-        for matmul in parts.users(value, "MatMul"):
-            if matmul.inputs[0] is value and parts.weight_of(parts.operands(matmul)[1]) is None:
+        for matmul in users(value, "MatMul"):
+            if matmul.inputs[0] is value and parts.weight_of(operands(matmul)[1]) is None:
                 return True
-        where = next(parts.users(value, "Where"), None)
+        where = next(users(value, "Where"), None)
         if where is None:
             return False
         value, pending = where.outputs[0], pending - 1
@@ -111,7 +112,7 @@ def _block(node: ir.Node, index: int) -> Block | str:
 def _assemble(index: int, attention: Attention, branch: parts.Branch, tail: _Tail) -> Block:
     extras = [*branch.extras, *tail.extras]
     linears = (attention.q, attention.k, attention.v, attention.o, *_linears(tail.mlp))
-    if any(parts.node_of(layer.weight, "DequantizeLinear") for layer in linears):
+    if any(node_of(layer.weight, "DequantizeLinear") for layer in linears):
         extras.append("quantized weights")
     if len(attention.node.outputs) > 3 and attention.node.outputs[3].uses():
         extras.append("attention scores are read")
@@ -142,7 +143,7 @@ def _linears(mlp: Mlp) -> tuple[Linear, ...]:
 def _tail(attention: Attention, branch: parts.Branch, add: ir.Node) -> _Tail | str:
     """Everything after the first add that the attention's branch reaches."""
     source = parts.before_quantization(attention.q.input)
-    rest = parts.other(add, branch.end)
+    rest = other(add, branch.end)
     if rest is source:
         return _post_norm(add, source)
     before = parts.norm(source)
@@ -158,8 +159,8 @@ def _sequential(before: Norm, add: ir.Node) -> _Tail | str:
     """``h = x + a`` came first: pre-norm, or parallel when the MLP reads x."""
     hidden, stream = add.outputs[0], before.input
     reason = "no MLP adds to the stream after the attention"
-    for second in parts.users(hidden, "Add"):
-        found = _mlp_branch(parts.other(second, hidden))
+    for second in users(hidden, "Add"):
+        found = _mlp_branch(other(second, hidden))
         if isinstance(found, str):
             reason = found
             continue
@@ -181,12 +182,12 @@ def _joined(before: Norm, add: ir.Node, rest: ir.Value) -> _Tail | str:
     stream = before.input
     candidates: Iterator[tuple[ir.Value, ir.Node]] = (
         (rest, second)
-        for second in parts.users(add.outputs[0], "Add")
-        if parts.other(second, add.outputs[0]) is stream
+        for second in users(add.outputs[0], "Add")
+        if other(second, add.outputs[0]) is stream
     )
-    inner = parts.node_of(rest, "Add")
-    if inner is not None and stream in parts.operands(inner):
-        candidates = iter([(parts.other(inner, stream), inner)])
+    inner = node_of(rest, "Add")
+    if inner is not None and stream in operands(inner):
+        candidates = iter([(other(inner, stream), inner)])
     reason = "the attention's result is added to something that is not the residual stream"
     for end, second in candidates:
         found = _mlp_branch(end)
@@ -214,8 +215,8 @@ def _post_norm(add: ir.Node, source: ir.Value) -> _Tail | str:
     for first in _norms_of(add.outputs[0]):
         hidden = first.output
         reason = "no MLP adds to the stream after the attention"
-        for second in parts.users(hidden, "Add"):
-            found = _mlp_branch(parts.other(second, hidden))
+        for second in users(hidden, "Add"):
+            found = _mlp_branch(other(second, hidden))
             if isinstance(found, str):
                 reason = found
                 continue
@@ -237,7 +238,7 @@ def _post_norm(add: ir.Node, source: ir.Value) -> _Tail | str:
 
 def _norms_of(value: ir.Value) -> Iterator[Norm]:
     for op_type in ("LayerNormalization", "RMSNormalization"):
-        for node in parts.users(value, op_type):
+        for node in users(value, op_type):
             found = parts.norm(node.outputs[0])
             if found is not None and found.input is value:
                 yield found

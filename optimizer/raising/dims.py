@@ -1,0 +1,77 @@
+"""Arithmetic on symbolic dimensions.
+
+A dimension is an int or a polynomial over symbols in a normal form, so that two dimensions are the
+same number for every feed if they compare equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+#: A sum of products of symbols: ((symbols, coefficient), ...) in a fixed order.
+Polynomial = tuple[tuple[tuple[str, ...], int], ...]
+Dim = int | Polynomial
+Shape = tuple[Dim, ...]
+
+
+def add(left: Dim, right: Dim) -> Dim:
+    """The sum of two dimensions."""
+    return _from_terms([*_terms(left), *_terms(right)])
+
+
+def multiply(left: Dim, right: Dim) -> Dim:
+    """The product of two dimensions."""
+    return _from_terms(
+        (tuple(sorted(a + b)), x * y) for a, x in _terms(left) for b, y in _terms(right)
+    )
+
+
+def divide(left: Dim, right: Dim) -> Dim | None:
+    """The exact quotient, None unless ``right`` is one product that divides every term."""
+    divisor = _terms(right)
+    if len(divisor) != 1 or divisor[0][1] == 0:
+        return None
+    symbols, factor = divisor[0]
+    result = []
+    for names, count in _terms(left):
+        rest = list(names)
+        for symbol in symbols:
+            if symbol not in rest:
+                return None
+            rest.remove(symbol)
+        if count % factor:
+            return None
+        result.append((tuple(rest), count // factor))
+    return _from_terms(result)
+
+
+def product(dims: Iterable[Dim]) -> Dim:
+    """The product of several dimensions."""
+    result: Dim = 1
+    for dim in dims:
+        result = multiply(result, dim)
+    return result
+
+
+def symbol(name: str) -> Dim:
+    """The dimension called ``name``."""
+    return (((name,), 1),)
+
+
+def subtract(left: Dim, right: Dim) -> Dim:
+    """The difference of two dimensions."""
+    return add(left, multiply(-1, right))
+
+
+def _terms(dim: Dim) -> Polynomial:
+    return (((), dim),) if isinstance(dim, int) else dim
+
+
+def _from_terms(terms: Iterable[tuple[tuple[str, ...], int]]) -> Dim:
+    total: dict[tuple[str, ...], int] = {}
+    for names, count in terms:
+        total[names] = total.get(names, 0) + count
+    kept = tuple(sorted((names, count) for names, count in total.items() if count))
+    if not kept:
+        return 0
+    return kept[0][1] if len(kept) == 1 and not kept[0][0] else kept

@@ -1,0 +1,372 @@
+"""How each operator's output shape follows from its inputs (see ``shapes``).
+
+A rule may assume a valid node: whatever it raises on an invalid one counts as "not known".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from optimizer import graph as graphs
+from optimizer.raising import dims
+from optimizer.raising.dims import Dim, Shape
+
+if TYPE_CHECKING:
+    from optimizer.raising.shapes import Shapes
+
+#: Longer integer vectors than this are data, not shapes.
+_MAX_VECTOR = 16
+
+
+def unknown(value: ir.Value, axis: int) -> Dim:
+    """A dimension nothing is known about; '?' keeps it apart from the model's own names."""
+    return dims.symbol(f"?{value.name}.{axis}")
+
+
+def joined(sizes: Sequence[Dim], value: ir.Value, axis: int) -> Dim:
+    """The dimension that results from broadcasting ``sizes``."""
+    distinct = [size for size in dict.fromkeys(sizes) if size != 1]
+    if len(distinct) <= 1:
+        return distinct[0] if distinct else 1
+    numbers = [size for size in distinct if isinstance(size, int)]
+    # A symbol beside a number n > 1 is 1 or n, so the result is n; of two symbols either may be 1.
+    return numbers[0] if numbers else unknown(value, axis)
+
+
+def numbers(value: ir.Value | None) -> list[int] | None:
+    """The numbers in a constant integer vector or scalar."""
+    tensor = graphs.constant(value)
+    if tensor is None or tensor.size > _MAX_VECTOR:
+        return None
+    return [int(n) for n in tensor.numpy().reshape(-1)]
+
+
+def _axes(node: ir.Node, index: int) -> list[int] | None:
+    """Axes of an operator that takes them as an input, or as an attribute before opset 13."""
+    if len(node.inputs) > index and node.inputs[index] is not None:
+        return numbers(node.inputs[index])
+    axes = node.attributes.get_ints("axes", None)
+    return None if axes is None else list(axes)
+
+
+def _slice_bounds(node: ir.Node, rank: int) -> list[tuple[int, slice]] | None:
+    """(axis, slice) pairs of a Slice with constant bounds."""
+    if len(node.inputs) < 3:
+        return None
+    vectors = [numbers(v) if v is not None else [] for v in node.inputs[1:]]
+    if any(v is None for v in vectors):
+        return None
+    starts, ends, axes, steps = ([v or [] for v in vectors] + [[], []])[:4]
+    axes = axes or list(range(len(starts)))
+    steps = steps or [1] * len(starts)
+    return [
+        (axis % rank, slice(start, end, step))
+        for start, end, axis, step in zip(starts, ends, axes, steps, strict=True)
+    ]
+
+
+def _matmul(shapes: Shapes, node: ir.Node, value: ir.Value) -> Shape | None:
+    left, right = shapes.of(node.inputs[0]), shapes.of(node.inputs[1])
+    if left is None or right is None or len(left) < 2 or len(right) < 2:
+        return None
+    batch = shapes.broadcast(value, [left[:-2], right[:-2]])
+    return None if batch is None else (*batch, left[-2], right[-1])
+
+
+def _gemm(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
+    left, right = shapes.of(node.inputs[0]), shapes.of(node.inputs[1])
+    if left is None or right is None:
+        return None
+    rows = left[1] if node.attributes.get_int("transA", 0) else left[0]
+    return rows, right[0] if node.attributes.get_int("transB", 0) else right[1]
+
+
+def _gather(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
+    data, index = shapes.of(node.inputs[0]), shapes.of(node.inputs[1])
+    if data is None or index is None:
+        return None
+    axis = node.attributes.get_int("axis", 0) % len(data)
+    return *data[:axis], *index, *data[axis + 1 :]
+
+
+def _gather_nd(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
+    data, index = shapes.of(node.inputs[0]), shapes.of(node.inputs[1])
+    if data is None or index is None or not isinstance(index[-1], int):
+        return None
+    batch = node.attributes.get_int("batch_dims", 0)
+    return *index[:-1], *data[batch + index[-1] :]
+
+
+def _reshape(shapes: Shapes, node: ir.Node, value: ir.Value) -> Shape | None:
+    target = shapes.vector_within(node.inputs[1])
+    if target is None:
+        return None
+    source = shapes.of(node.inputs[0])
+    result = list(target)
+    if not node.attributes.get_int("allowzero", 0):
+        for axis, dim in enumerate(result):
+            if dim == 0:
+                result[axis] = unknown(value, axis) if source is None else source[axis]
+    if -1 in result:
+        axis = result.index(-1)
+        rest = dims.product(dim for dim in result if dim != -1)
+        total = None if source is None else dims.divide(dims.product(source), rest)
+        result[axis] = unknown(value, axis) if total is None else total
+    return tuple(result)
+
+
+def _transpose(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
+    source = shapes.of(node.inputs[0])
+    if source is None:
+        return None
+    order = node.attributes.get_ints("perm", tuple(reversed(range(len(source)))))
+    return tuple(source[axis] for axis in order)
+
+
+def _unsqueeze(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
+    source, axes = shapes.of(node.inputs[0]), _axes(node, 1)
+    if source is None or axes is None:
+        return None
+    rank = len(source) + len(axes)
+    added = {axis % rank for axis in axes}
+    rest = iter(source)
+    return tuple(1 if axis in added else next(rest) for axis in range(rank))
+
+
+def _squeeze(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
+    source, axes = shapes.of(node.inputs[0]), _axes(node, 1)
+    if source is None:
+        return None
+    if axes is None:
+        known = all(isinstance(dim, int) for dim in source)
+        return tuple(dim for dim in source if dim != 1) if known else None
+    removed = {axis % len(source) for axis in axes}
+    return tuple(dim for axis, dim in enumerate(source) if axis not in removed)
+
+
+def _concat(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
+    parts = [shapes.of(v) for v in node.inputs]
+    first = parts[0]
+    if first is None:
+        return None
+    axis = node.attributes["axis"].as_int() % len(first)
+    total: Dim = 0
+    for part in parts:
+        if part is None:
+            return None
+        total = dims.add(total, part[axis])
+    return *first[:axis], total, *first[axis + 1 :]
+
+
+def _slice(shapes: Shapes, node: ir.Node, value: ir.Value) -> Shape | None:
+    source = shapes.of(node.inputs[0])
+    if source is None:
+        return None
+    bounds = _slice_bounds(node, len(source))
+    if bounds is None:
+        axes = numbers(node.inputs[3]) if len(node.inputs) > 3 else None
+        touched = range(len(source)) if axes is None else {axis % len(source) for axis in axes}
+        return tuple(unknown(value, a) if a in touched else d for a, d in enumerate(source))
+    result = list(source)
+    for axis, part in bounds:
+        size = source[axis]
+        if isinstance(size, int):
+            result[axis] = len(range(size)[part])
+        elif not _is_everything(part):
+            result[axis] = unknown(value, axis)
+    return tuple(result)
+
+
+def _is_everything(part: slice) -> bool:
+    return bool(part.start == 0 and part.step == 1 and part.stop >= 2**31 - 1)
+
+
+def _split(shapes: Shapes, node: ir.Node, value: ir.Value) -> Shape | None:
+    source = shapes.of(node.inputs[0])
+    if source is None:
+        return None
+    axis, index = node.attributes.get_int("axis", 0) % len(source), value.index() or 0
+    size, count = source[axis], len(node.outputs)
+    sizes = numbers(node.inputs[1]) if len(node.inputs) > 1 else None
+    part: Dim = unknown(value, axis)
+    if sizes is not None:
+        part = sizes[index]
+    elif isinstance(size, int):  # equal parts, only the last one may be smaller
+        each = -(-size // count)
+        part = min(each, size - each * index)
+    return *source[:axis], part, *source[axis + 1 :]
+
+
+def _expand(shapes: Shapes, node: ir.Node, value: ir.Value) -> Shape | None:
+    return shapes.broadcast(
+        value, [shapes.of(node.inputs[0]), shapes.vector_within(node.inputs[1])]
+    )
+
+
+def _shape(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
+    vector = shapes.vector_within(node.outputs[0])
+    return None if vector is None else (len(vector),)
+
+
+def _reduce_prod(shapes: Shapes, node: ir.Node, value: ir.Value) -> Shape | None:
+    source = shapes.of(node.inputs[0])
+    whole = source is not None and len(source) == 1  # of a shape: one number
+    if whole and node.attributes.get_int("keepdims", 1):
+        return (1,)
+    return () if whole else _reduce(shapes, node, value)
+
+
+def _range(shapes: Shapes, node: ir.Node, value: ir.Value) -> Shape:
+    start, limit, step = (shapes.vector_within(v) for v in node.inputs)
+    if start == (0,) and step == (1,) and limit is not None:
+        return limit
+    return (unknown(value, 0),)
+
+
+def _constant_of_shape(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
+    return shapes.vector_within(node.inputs[0])
+
+
+def _attention(shapes: Shapes, node: ir.Node, value: ir.Value) -> Shape | None:
+    query, values = shapes.of(node.inputs[0]), shapes.of(node.inputs[2])
+    if query is None or values is None or value.index() != 0:
+        return None
+    if len(query) == 4:
+        return *query[:3], values[3]
+    heads = node.attributes["q_num_heads"].as_int()
+    head = dims.divide(values[2], node.attributes["kv_num_heads"].as_int())
+    return None if head is None else (*query[:2], dims.multiply(head, heads))
+
+
+def _conv(shapes: Shapes, node: ir.Node, value: ir.Value) -> Shape | None:
+    source, weight = shapes.of(node.inputs[0]), shapes.of(node.inputs[1])
+    if source is None or weight is None:
+        return None
+    rank = len(source) - 2
+    strides = node.attributes.get_ints("strides", (1,) * rank)
+    dilations = node.attributes.get_ints("dilations", (1,) * rank)
+    pads = node.attributes.get_ints("pads", (0,) * (2 * rank))
+    explicit = node.attributes.get_string("auto_pad", "NOTSET") == "NOTSET"
+    sizes: list[Dim] = []
+    for axis in range(rank):
+        size, kernel = source[axis + 2], weight[axis + 2]
+        if explicit and isinstance(size, int) and isinstance(kernel, int):
+            room = size + pads[axis] + pads[axis + rank] - dilations[axis] * (kernel - 1) - 1
+            sizes.append(room // strides[axis] + 1)
+        else:
+            sizes.append(unknown(value, axis + 2))
+    return source[0], weight[0], *sizes
+
+
+def _reduce(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
+    source, axes = shapes.of(node.inputs[0]), _axes(node, 1)
+    if source is None or axes is None:
+        return None
+    removed = {axis % len(source) for axis in axes}
+    keep = node.attributes.get_int("keepdims", 1)
+    kept = [1 if axis in removed else dim for axis, dim in enumerate(source)]
+    return tuple(dim for axis, dim in enumerate(kept) if keep or axis not in removed)
+
+
+Rule = Callable[["Shapes", ir.Node, ir.Value], Shape | None]
+RULES: dict[str, Rule] = {
+    "Attention": _attention,
+    "Concat": _concat,
+    "ConstantOfShape": _constant_of_shape,
+    "Conv": _conv,
+    "Expand": _expand,
+    "Gather": _gather,
+    "GatherND": _gather_nd,
+    "Gemm": _gemm,
+    "MatMul": _matmul,
+    "Range": _range,
+    "ReduceMax": _reduce,
+    "ReduceMean": _reduce,
+    "ReduceMin": _reduce,
+    "ReduceProd": _reduce_prod,
+    "ReduceSum": _reduce,
+    "Reshape": _reshape,
+    "Shape": _shape,
+    "Slice": _slice,
+    "Split": _split,
+    "Squeeze": _squeeze,
+    "Tile": _tile,
+    "Transpose": _transpose,
+    "Unsqueeze": _unsqueeze,
+}
+
+
+def _vector_of_shape(shapes: Shapes, node: ir.Node) -> Shape | None:
+    shape = shapes.of(node.inputs[0])
+    start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", None)
+    return None if shape is None else shape[start:end]
+
+
+def _vector_of_concat(shapes: Shapes, node: ir.Node) -> Shape | None:
+    parts = [shapes.vector_within(v) for v in node.inputs]
+    known = [part for part in parts if part is not None]
+    return sum(known, ()) if len(known) == len(parts) else None
+
+
+def _vector_of_gather(shapes: Shapes, node: ir.Node) -> Shape | None:
+    source, index = shapes.vector_within(node.inputs[0]), numbers(node.inputs[1])
+    return None if source is None or index is None else tuple(source[i] for i in index)
+
+
+def _vector_of_slice(shapes: Shapes, node: ir.Node) -> Shape | None:
+    source, bounds = shapes.vector_within(node.inputs[0]), _slice_bounds(node, 1)
+    return None if source is None or bounds is None else source[bounds[0][1]]
+
+
+def _vector_of_sum(shapes: Shapes, node: ir.Node) -> Shape | None:
+    left, right = (shapes.vector_within(v) for v in node.inputs)
+    if left is None or right is None:
+        return None
+    size = max(len(left), len(right))
+    left, right = (s * size if len(s) == 1 else s for s in (left, right))
+    operation = _ARITHMETIC[node.op_type]
+    return tuple(operation(a, b) for a, b in zip(left, right, strict=True))
+
+
+def _vector_of_quotient(shapes: Shapes, node: ir.Node) -> Shape | None:
+    left, right = (shapes.vector_within(v) for v in node.inputs)
+    if left is None or right is None or len(right) != 1:
+        return None
+    quotients = [dims.divide(dim, right[0]) for dim in left]
+    known = [quotient for quotient in quotients if quotient is not None]
+    return tuple(known) if len(known) == len(quotients) else None
+
+
+def _vector_of_product(shapes: Shapes, node: ir.Node) -> Shape | None:
+    source = shapes.vector_within(node.inputs[0])
+    return None if source is None else (dims.product(source),)
+
+
+def _vector_unchanged(shapes: Shapes, node: ir.Node) -> Shape | None:
+    return shapes.vector_within(node.inputs[0])
+
+
+_ARITHMETIC: dict[str, Callable[[Dim, Dim], Dim]] = {
+    "Add": dims.add,
+    "Mul": dims.multiply,
+    "Sub": dims.subtract,
+}
+VECTOR_RULES: dict[str, Callable[[Shapes, ir.Node], Shape | None]] = {
+    "Add": _vector_of_sum,
+    "Cast": _vector_unchanged,
+    "Concat": _vector_of_concat,
+    "Div": _vector_of_quotient,
+    "Gather": _vector_of_gather,
+    "Identity": _vector_unchanged,
+    "Mul": _vector_of_sum,
+    "ReduceProd": _vector_of_product,
+    "Reshape": _vector_unchanged,
+    "Shape": _vector_of_shape,
+    "Slice": _vector_of_slice,
+    "Squeeze": _vector_unchanged,
+    "Sub": _vector_of_sum,
+    "Unsqueeze": _vector_unchanged,
+}

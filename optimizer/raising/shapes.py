@@ -1,0 +1,156 @@
+"""Symbolic shapes: proves that two dimensions are the same number without running the model.
+
+Symbols are the named dimensions of graph inputs, which ONNX defines to be equal wherever the name
+appears, and fresh names for whatever the rules below cannot follow. A shape or a dimension that is
+not known is never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import onnx_ir as ir
+
+from optimizer import graph as graphs
+from optimizer.raising import dims
+from optimizer.raising import shape_rules as rules
+from optimizer.raising.dims import Dim, Shape
+
+_SAME = frozenset(
+    {
+        "Abs", "Cast", "Ceil", "Celu", "Clip", "Cos", "DequantizeLinear", "Dropout", "Elu", "Erf",
+        "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "IsInf", "IsNaN",
+        "LayerNormalization", "LeakyRelu", "Log", "LogSoftmax", "Mish", "Neg", "Not",
+        "QuantizeLinear", "RMSNormalization", "Reciprocal", "Relu", "RotaryEmbedding", "Round",
+        "Selu", "Sigmoid", "Sign", "Sin", "Softmax", "Softplus", "Softsign", "Sqrt", "Swish",
+        "Tanh", "Trilu", "LpNormalization",
+    }
+)  # fmt: skip
+_BROADCAST = frozenset(
+    {
+        "Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max",
+        "Mean", "Min", "Mod", "Mul", "Or", "PRelu", "Pow", "Sub", "Sum", "Where", "Xor",
+    }
+)  # fmt: skip
+
+
+class Shapes:
+    """Shapes of the values of one graph, computed when asked for.
+
+    A rewrite may keep using one instance: a value's shape does not change while it lives.
+    """
+
+    def __init__(self) -> None:
+        self._shapes: dict[ir.Value, Shape | None] = {}
+        self._vectors: dict[ir.Value, Shape | None] = {}
+
+    def of(self, value: ir.Value | None) -> Shape | None:
+        """The shape, None where not even the rank is known."""
+        if value is None:
+            return None
+        return _resolve(value, self._shapes, self._compute_shape)
+
+    def vector(self, value: ir.Value | None) -> Shape | None:
+        """The numbers in an integer vector or scalar, as dimensions."""
+        self.of(value)
+        return self.vector_within(value)
+
+    def same(self, left: ir.Value | None, right: ir.Value | None) -> bool:
+        """Whether both shapes are known and equal."""
+        shape = self.of(left)
+        return shape is not None and shape == self.of(right)
+
+    # Both computations answer with None for whatever they do not know.
+
+    def _compute_shape(self, value: ir.Value) -> Shape | None:
+        tensor = graphs.constant(value)
+        if tensor is not None:
+            return tuple(int(d) for d in tensor.shape.numpy())
+        node = value.producer()
+        if node is None:
+            return _declared(value)
+        if node.domain != "":
+            return None
+        rule = rules.RULES.get(node.op_type)
+        try:
+            if rule is not None:
+                return rule(self, node, value)
+            if node.op_type in _SAME:
+                return self.of(node.inputs[0]) if value.index() == 0 else None
+            if node.op_type in _BROADCAST:
+                return self.broadcast(value, [self.of(v) for v in node.inputs])
+        except (IndexError, TypeError, ValueError, ZeroDivisionError):
+            return None  # a node that breaks its operator's rules has no shape here
+        return None
+
+    def broadcast(self, value: ir.Value, shapes: Sequence[Shape | None]) -> Shape | None:
+        """The shape that ``value`` gets from broadcasting ``shapes``."""
+        if any(shape is None for shape in shapes):
+            return None
+        known = [shape for shape in shapes if shape is not None]
+        rank = max(len(shape) for shape in known)
+        padded = [(1,) * (rank - len(shape)) + shape for shape in known]
+        return tuple(
+            rules.joined(dims, value, axis) for axis, dims in enumerate(zip(*padded, strict=True))
+        )
+
+    def vector_within(self, value: ir.Value | None) -> Shape | None:
+        """``vector`` for rules: whatever ``value`` depends on has its shape already."""
+        if value is None:
+            return None
+        if value not in self._vectors:
+            self._vectors[value] = None  # ends the recursion on a (broken) cycle
+            self._vectors[value] = self._compute_vector(value)
+        return self._vectors[value]
+
+    def _compute_vector(self, value: ir.Value) -> Shape | None:
+        tensor = graphs.constant(value)
+        if tensor is not None:
+            numbers = rules.numbers(value) if tensor.dtype.is_integer() else None
+            return None if numbers is None else tuple(numbers)
+        node = value.producer()
+        if node is None or node.domain != "" or value.index() != 0:
+            return None
+        rule = rules.VECTOR_RULES.get(node.op_type)
+        try:
+            return None if rule is None else rule(self, node)
+        except (IndexError, TypeError, ValueError):
+            return None
+
+
+def _resolve(
+    value: ir.Value,
+    memo: dict[ir.Value, Shape | None],
+    compute: Callable[[ir.Value], Shape | None],
+) -> Shape | None:
+    """``compute(value)`` with its producers computed first, so that depth is no recursion."""
+    stack = [value]
+    while stack:
+        current = stack[-1]
+        if current in memo:
+            stack.pop()
+            continue
+        node = current.producer()
+        sources = [] if node is None else [v for v in node.inputs if v is not None]
+        waiting = [v for v in sources if v not in memo and v not in stack]
+        if waiting:
+            stack.extend(waiting)
+            continue
+        memo[current] = compute(current)
+        stack.pop()
+    return memo[value]
+
+
+def _declared(value: ir.Value) -> Shape | None:
+    """The shape of a graph input."""
+    if value.shape is None:
+        return None
+    return tuple(_declared_dim(value, axis) for axis in range(len(value.shape)))
+
+
+def _declared_dim(value: ir.Value, axis: int) -> Dim:
+    dim = value.shape[axis] if value.shape is not None else None
+    if isinstance(dim, int):
+        return dim
+    name = None if dim is None else dim.value
+    return rules.unknown(value, axis) if name is None else dims.symbol(str(name))
