@@ -59,8 +59,9 @@ def users(value: ir.Value, *op_types: str) -> Iterator[ir.Node]:
 
 
 def by_constant(node: ir.Node) -> tuple[ir.Value, float | int] | None:
-    """(x, number) of a binary node of x and a one-element constant, in this order or, where the
-    operator is commutative, in any.
+    """(x, number) of a binary node of x and a one-element constant.
+
+    The constant is the second operand or, where the operator is commutative, any.
     """
     first, second = operands(node)
     pairs = [(first, second)]

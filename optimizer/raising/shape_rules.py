@@ -201,9 +201,15 @@ def _split(shapes: Shapes, node: ir.Node, value: ir.Value) -> Shape | None:
 
 
 def _expand(shapes: Shapes, node: ir.Node, value: ir.Value) -> Shape | None:
-    return shapes.broadcast(
-        value, [shapes.of(node.inputs[0]), shapes.vector_within(node.inputs[1])]
-    )
+    source, target = shapes.of(node.inputs[0]), shapes.vector_within(node.inputs[1])
+    return shapes.broadcast(value, [source, target])
+
+
+def _tile(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
+    source, repeats = shapes.of(node.inputs[0]), shapes.vector_within(node.inputs[1])
+    if source is None or repeats is None:
+        return None
+    return tuple(dims.multiply(size, count) for size, count in zip(source, repeats, strict=True))
 
 
 def _shape(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
@@ -214,9 +220,10 @@ def _shape(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
 def _reduce_prod(shapes: Shapes, node: ir.Node, value: ir.Value) -> Shape | None:
     source = shapes.of(node.inputs[0])
     whole = source is not None and len(source) == 1  # of a shape: one number
-    if whole and node.attributes.get_int("keepdims", 1):
-        return (1,)
-    return () if whole else _reduce(shapes, node, value)
+    if not whole:
+        return _reduce(shapes, node, value)
+    keep = node.attributes.get_int("keepdims", 1)
+    return (1,) if keep else ()
 
 
 def _range(shapes: Shapes, node: ir.Node, value: ir.Value) -> Shape:
