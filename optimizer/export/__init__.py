@@ -1,0 +1,1 @@
+"""Writes results: ONNX files with their manifest."""

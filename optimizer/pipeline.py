@@ -1,0 +1,327 @@
+"""Runs the passes of a recipe over a model, and proves after each what it did.
+
+For each pass: rewrite -> invariants -> numbers. The model is rewritten in place; a failure names
+the pass and leaves nothing on disk, because writing comes last and is not done here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import onnx_ir as ir
+
+from optimizer import __version__, checks, graph, memory, verify
+from optimizer.calibration import Calibration, Reference
+from optimizer.errors import (
+    BudgetError,
+    CalibrationError,
+    NoopError,
+    OptimizerError,
+    PassContractError,
+    VerificationError,
+)
+from optimizer.legalize import legalize
+from optimizer.metrics import Drift
+from optimizer.pass_base import Context, Exactness, Report
+from optimizer.recipe import FIRST_PASS, Recipe, Step
+from optimizer.report import Row, RunReport, Size
+from passes import get_pass
+
+logger = logging.getLogger(__name__)
+
+
+class Listener(Protocol):
+    """Who is told how far a run is."""
+
+    def stage(self, title: str) -> None:
+        """A new stage begins."""
+
+    def progress(self, done: int, total: int) -> None:
+        """Part of the stage is done."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+
+
+class Silent:
+    """A listener that ignores everything."""
+
+    def stage(self, title: str) -> None:
+        """Ignore."""
+
+    def progress(self, done: int, total: int) -> None:
+        """Ignore."""
+
+    def note(self, text: str) -> None:
+        """Ignore."""
+
+
+@dataclass
+class Data:
+    """Sample data of a run.
+
+    Attributes:
+        calibration: What passes may look at.
+        evaluation: What drift is measured on; None = the calibration data.
+    """
+
+    calibration: Calibration | None = None
+    evaluation: Calibration | None = None
+
+    @property
+    def measuring(self) -> Calibration | None:
+        """The data that drift is measured on."""
+        return self.evaluation or self.calibration
+
+
+@dataclass
+class Run:
+    """One run of the pipeline; ``execute`` does it."""
+
+    model: ir.Model
+    recipe: Recipe
+    data: Data = field(default_factory=Data)
+    listener: Listener = field(default_factory=Silent)
+    source: str = "model"
+    custom_ops: tuple[Path, ...] = ()
+    fail_on_noop: bool = False
+    plan_only: bool = False
+
+    def execute(self) -> RunReport:
+        """Rewrite the model.
+
+        Returns:
+            The report; the model is ``self.model``.
+
+        Raises:
+            VerificationError: A pass moved the numbers more than it may.
+            BudgetError: The drift misses the budget.
+            NoopError: Nothing matched and ``fail_on_noop`` is set.
+            OptimizerError: See the passes.
+        """
+        require_data(self.recipe, self.data)
+        self.report = RunReport(self.source, opset_of(self.model), size_of(self.model))
+        self._reference = self._measure_original()
+        self._original = self.model.clone() if self._verifies("final") else None
+        self._exact = True
+        for step in (first_step(), *self.recipe.steps):
+            self._run_pass(step)
+        if self.fail_on_noop and not self.report.matched():
+            raise NoopError(noop_message(self.report))
+        if not self.plan_only:
+            self._lower()
+            self._judge()
+        stamp(self.model, self.recipe)
+        return self.report
+
+    def _verifies(self, *when: str) -> bool:
+        return self.recipe.settings.verify in when and not self.plan_only
+
+    def _measure_original(self) -> Reference | None:
+        data = self.data.measuring
+        if data is None or not self._verifies("each", "final"):
+            return None
+        self.listener.stage("running the original model")
+        self.report.samples = data.samples.count
+        return data.reference(self.model)
+
+    def _run_pass(self, step: Step) -> None:
+        self.listener.stage(step.name)
+        graph_pass = step.create()
+        exactness = step.pass_class.exactness
+        size, before = size_of(self.model), self.model.clone()
+        with memory.Peak() as peak:
+            started = time.perf_counter()
+            with blame(step.name):
+                result = graph_pass.call(self.model, self._context())
+                rewritten = time.perf_counter()
+                checks.check_pass(before, self.model, graph_pass, result)
+            self._exact = self._exact and exactness is not Exactness.APPROXIMATE
+            verdict = drift = None
+            if result.modified and self._verifies("each"):
+                verdict, drift = self._verify(step.name, before, exactness)
+        for skip in result.skipped:
+            logger.debug("%s: left %s alone: %s", step.name, skip.site, skip.reason)
+        times = (rewritten - started, time.perf_counter() - rewritten)
+        row = _row(step.name, exactness, result, (size, size_of(self.model)), times)
+        self.report.rows.append(replace(row, peak_bytes=peak.bytes, drift=drift, verdict=verdict))
+
+    def _context(self) -> Context:
+        return Context(
+            target=self.recipe.settings.target,
+            calibration=self.data.calibration,
+            evaluation=self.data.measuring,
+        )
+
+    def _verify(
+        self, name: str, before: ir.Model, exactness: Exactness
+    ) -> tuple[str | None, Drift | None]:
+        """Prove an exact pass, measure any."""
+        verdict = None
+        if exactness is not Exactness.APPROXIMATE:
+            verdict = self._prove(name, before, exactness)
+        return verdict, self._measure(name)
+
+    def _prove(self, name: str, before: ir.Model, exactness: Exactness) -> str:
+        self.listener.stage(f"{name}: verifying")
+        with blame(name):
+            return verify.verify_exact(
+                before,
+                self.model,
+                exactness,
+                samples=None if self.data.measuring is None else self.data.measuring.samples,
+                custom_ops=self.custom_ops,
+            )
+
+    def _measure(self, name: str) -> Drift | None:
+        if self._reference is None or self.data.measuring is None:
+            return None
+        self.listener.stage(f"{name}: measuring drift")
+        with blame(name):
+            drift = self.data.measuring.drift(self._reference, self.model)
+        if not math.isfinite(drift.relative_l2):
+            msg = (
+                f"pass '{name}': the outputs are not finite any more on the sample data, those of "
+                "the original are; nothing was written"
+            )
+            raise VerificationError(msg)
+        return drift
+
+    def _lower(self) -> None:
+        settings = self.recipe.settings
+        self.listener.stage(f"legalize for {settings.target}")
+        size, before = size_of(self.model), self.model.clone()
+        with memory.Peak() as peak:
+            started = time.perf_counter()
+            with blame("legalize"):
+                result = legalize(
+                    self.model, settings.target, kv_cache=settings.kv_cache, opset=settings.opset
+                )
+                rewritten = time.perf_counter()
+                checks.check_model(self.model, settings.target)
+            verdict = drift = None
+            if self._verifies("each", "final"):
+                if self._exact:
+                    # Rounding in quantized graphs can flip a number to its neighbour, which no
+                    # bound on floating-point error covers: there, the measured drift decides.
+                    start = before if self._original is None else self._original
+                    verdict = self._prove("legalize", start, Exactness.REASSOCIATED)
+                drift = self._measure("legalize")
+        times = (rewritten - started, time.perf_counter() - rewritten)
+        sizes = (size, size_of(self.model))
+        row = _row("legalize", Exactness.REASSOCIATED, result, sizes, times)
+        self.report.rows.append(replace(row, peak_bytes=peak.bytes, drift=drift, verdict=verdict))
+        self.report.drift = drift
+
+    def _judge(self) -> None:
+        limits = self.recipe.limits()
+        if not limits.limits or self.report.drift is None:
+            return
+        failures = limits.failures(self.report.drift)
+        if failures:
+            msg = "the result misses the budget: " + "; ".join(failures) + "; nothing was written"
+            raise BudgetError(msg)
+
+
+def _row(
+    name: str,
+    exactness: Exactness,
+    result: Report,
+    sizes: tuple[Size, Size],
+    times: tuple[float, float],
+) -> Row:
+    return Row(
+        name=name,
+        exactness=exactness,
+        modified=result.modified,
+        applied=result.applied,
+        skipped=result.skipped,
+        sites=result.sites,
+        details=result.details,
+        before=sizes[0],
+        after=sizes[1],
+        seconds=times[0],
+        seconds_checking=times[1],
+        peak_bytes=0,
+    )
+
+
+def require_data(recipe: Recipe, data: Data) -> None:
+    """Refuse a recipe that needs sample data where there is none.
+
+    Raises:
+        CalibrationError: Names the pass and the option to add.
+    """
+    for step in recipe.steps:
+        if data.calibration is None and step.create().needs_calibration():
+            msg = (
+                f"pass '{step.name}' needs sample data; add --calibration FILE.npz (one array per "
+                "model input), or --calibration self for a language model"
+            )
+            raise CalibrationError(msg)
+    settings = recipe.settings
+    if settings.budget and (data.measuring is None or settings.verify == "off"):
+        missing = "--verify final" if settings.verify == "off" else "--eval FILE.npz"
+        msg = f"--budget needs a measured drift; add {missing}"
+        raise CalibrationError(msg)
+
+
+@contextmanager
+def blame(name: str) -> Iterator[None]:
+    """Put the name of the pass in front of what went wrong in it."""
+    try:
+        yield
+    except OptimizerError as error:
+        if str(error).startswith(f"pass '{name}'"):
+            raise
+        raise type(error)(f"pass '{name}': {error}") from error
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        msg = f"pass '{name}' failed: {type(error).__name__}: {error}; this is a defect of the pass"
+        raise PassContractError(msg) from error
+
+
+def first_step() -> Step:
+    """``canonicalize`` with its default options."""
+    pass_class = get_pass(FIRST_PASS)
+    return Step(pass_class, pass_class.Options(), FIRST_PASS)
+
+
+def size_of(model: ir.Model) -> Size:
+    """Nodes of the main graph and bytes of all initializers."""
+    return Size(sum(1 for _ in model.graph), graph.size_bytes(model))
+
+
+def opset_of(model: ir.Model) -> int:
+    """Version of the standard operators."""
+    imports = model.graph.opset_imports
+    return imports.get("", imports.get("ai.onnx", 0))
+
+
+def noop_message(report: RunReport) -> str:
+    """Why nothing matched, from the first reasons given."""
+    rows = [row for row in report.rows if row.name != FIRST_PASS]
+    if not rows:
+        return "--fail-on-noop: no pass was named, so none matched"
+    reasons = [f"{row.name}: {row.skipped[0].reason}" for row in rows if row.skipped]
+    named = ", ".join(row.name for row in rows)
+    return f"--fail-on-noop: {named} matched nothing" + (
+        f" ({'; '.join(reasons)})" if reasons else ""
+    )
+
+
+def stamp(model: ir.Model, recipe: Recipe) -> None:
+    """Leave in the model what made it: no times, hosts or paths, so the bytes stay the same."""
+    content = recipe.as_dict()
+    for key in ("calibration", "evaluation", "external_data"):
+        content.pop(key)
+    model.producer_name = "optimize-onnx"
+    model.producer_version = __version__
+    model.metadata_props["optimize.recipe"] = json.dumps(content, sort_keys=True)
