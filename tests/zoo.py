@@ -284,7 +284,8 @@ def main(folder: str, *wanted: str) -> None:
             target / f"{cell.id}.expected.npz",
             **torch_outputs(cell.entry, cell.kv_cache, feeds),
         )
-        print(final, flush=True)
+        sys.stdout.write(f"{final}\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

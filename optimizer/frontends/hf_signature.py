@@ -16,6 +16,7 @@ _BATCH, _SEQUENCE, _PAST, _TOTAL = "batch", "sequence", "past_sequence", "total_
 # Sizes of the example inputs. All differ, and none is 1, so that torch neither identifies two of
 # them nor specialises on broadcasting.
 _B, _S, _P = 2, 3, 5
+_PREFIX = "model."  # the wrappers of torch_modules hold the model under this name
 
 
 def _accepts(model: Any, name: str) -> bool:
@@ -52,7 +53,7 @@ def cache_shapes(model: Any) -> list[tuple[int, int, int, int]]:
     return shapes
 
 
-def decoder(model: Any, kv_cache: bool) -> tuple[Any, Signature]:
+def decoder(model: Any, *, kv_cache: bool) -> tuple[Any, Signature]:
     """A causal language model: wrapper module and signature.
 
     The mask covers past and present: ``attention_mask [batch, total_sequence]``.
@@ -77,8 +78,10 @@ def decoder(model: Any, kv_cache: bool) -> tuple[Any, Signature]:
     plane = {0: dynamic, 1: dynamic}
     if not kv_cache:
         args: tuple[Any, ...] = (ids, mask, where) if positions else (ids, mask)
-        signature = Signature(args, tuple(plane for _ in args), list(axes), ["logits"], axes)
-        return Decoder(model, positions), signature
+        signature = Signature(
+            args, tuple(plane for _ in args), list(axes), ["logits"], axes, prefix=_PREFIX
+        )
+        return Decoder(model, positions=positions), signature
     past, names = [], []
     for layer, (key_heads, key_width, value_heads, value_width) in enumerate(cache_shapes(model)):
         past.append(torch.zeros(_B, key_heads, _P, key_width))
@@ -97,8 +100,9 @@ def decoder(model: Any, kv_cache: bool) -> tuple[Any, Signature]:
         outputs=["logits", *(f"present.{name}" for name in names)],
         axes=axes,
         sums={_TOTAL: (_PAST, _SEQUENCE)},
+        prefix=_PREFIX,
     )
-    return CachedDecoder(model, positions), signature
+    return CachedDecoder(model, positions=positions), signature
 
 
 def text_encoder(model: Any, outputs: list[str]) -> tuple[Any, Signature]:
@@ -149,11 +153,13 @@ def _named(
         )
     # torch.export sees a *tensors parameter as one argument that is a tuple.
     shapes = (tuple(dynamic for _ in inputs),)
-    signature = Signature(tuple(inputs.values()), shapes, list(inputs), present, axes)
+    signature = Signature(
+        tuple(inputs.values()), shapes, list(inputs), present, axes, prefix=_PREFIX
+    )
     return Named(model, list(inputs), present), signature
 
 
-def build(model: Any, kind: str, outputs: list[str], kv_cache: bool) -> tuple[Any, Signature]:
+def build(model: Any, kind: str, outputs: list[str], *, kv_cache: bool) -> tuple[Any, Signature]:
     """Wrapper and signature for a loaded model of a kind found by ``hugging_face.detect``.
 
     Raises:
@@ -161,7 +167,7 @@ def build(model: Any, kind: str, outputs: list[str], kv_cache: bool) -> tuple[An
         UnsupportedError: the model's cache or outputs have another form.
     """
     if kind == "decoder":
-        return decoder(model, kv_cache)
+        return decoder(model, kv_cache=kv_cache)
     if kv_cache:
         raise OptionError(
             f"{type(model).__name__} is not a causal language model: it has no key/value cache; "

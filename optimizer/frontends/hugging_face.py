@@ -121,7 +121,7 @@ def export_loaded(model: Any, plan: Plan, *, kv_cache: bool = False, opset: int 
         # The default dispatch of tokens to experts depends on data; this form is plain algebra.
         with contextlib.suppress(Exception), quiet():
             model.set_experts_implementation("batched_mm")
-    wrapper, signature = hf_signature.build(model, plan.kind, plan.outputs, kv_cache)
+    wrapper, signature = hf_signature.build(model, plan.kind, plan.outputs, kv_cache=kv_cache)
     try:
         return trace(wrapper, signature, opset)
     except UnsupportedError:
@@ -171,7 +171,7 @@ def detect(config: Any, task: str | None = None) -> Plan:
         return Plan(loader, modality, _tower_outputs(tower))
     if task is None:
         task = _default_task(config, architecture)
-    heads = {name: kind for name, kind in _HEADS.values()}
+    heads = dict(_HEADS.values())
     kind = heads.get(task) or modality
     return Plan(_AUTO[task], kind, list(_FEATURES) if task == "feature-extraction" else ["logits"])
 
@@ -327,7 +327,7 @@ def _bad_weights(source: str, error: BaseException) -> ModelError:
 
 
 def _check_loaded(source: str, plan: Plan, info: dict[str, Any]) -> None:
-    """transformers fills weights it does not find with random numbers; refuse that here."""
+    """Refuse a model that transformers completed with random numbers for missing weights."""
     mismatched = sorted(str(entry[0]) for entry in info.get("mismatched_keys") or [])
     missing = sorted(info.get("missing_keys") or [])
     pooler = [key for key in missing if "pooler." in key]

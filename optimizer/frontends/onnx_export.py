@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from optimizer.errors import MissingDependencyError, OptionError, UnsupportedError
@@ -45,6 +45,7 @@ class Signature:
         outputs: names of the graph outputs.
         axes: per input name, the name of each dynamic axis.
         sums: sizes that are a sum of two named ones, as ``name: (term, term)``.
+        prefix: what a wrapper put before the names of the model's weights.
     """
 
     args: tuple[Any, ...]
@@ -53,6 +54,7 @@ class Signature:
     outputs: Sequence[str] | None
     axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     sums: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    prefix: str = ""
 
 
 def require(module: str) -> None:
@@ -150,12 +152,15 @@ def trace(module: Any, signature: Signature, opset: int) -> ir.Model:
     model: ir.Model = program.model
     strip_metadata(model)
     rename_dimensions(model, signature.axes, signature.sums)
+    name_weights(model, module, signature.prefix)
     return model
 
 
 def strip_metadata(model: ir.Model) -> None:
-    """Drop stack traces and bookkeeping: they hold paths of the exporting machine and make up to a
-    tenth of a small model's size."""
+    """Drop stack traces and bookkeeping.
+
+    They hold paths of the exporting machine and make up to a tenth of a small model's size.
+    """
     model.metadata_props.clear()
     model.doc_string = None
     for graph in model.graphs():
@@ -170,6 +175,47 @@ def strip_metadata(model: ir.Model) -> None:
             for value in node.outputs:
                 value.metadata_props.clear()
                 value.doc_string = None
+
+
+def name_weights(model: ir.Model, module: Any, prefix: str = "") -> None:
+    """Give weights the names they have in the module, without the wrapper's prefix.
+
+    torch folds the transpose of a linear layer's weight into a constant called ``val_76``. Reports
+    speak of weights by name, so such constants are recognised by their content; their layout stays
+    ``[K, N]``. Where the untransposed weight is in the graph as well, ``.T`` is appended.
+    """
+    weights = dict(module.named_parameters(remove_duplicate=False))
+    by_shape: dict[tuple[int, ...], list[str]] = {}
+    for name, weight in weights.items():
+        if weight.ndim == 2:
+            by_shape.setdefault(tuple(reversed(weight.shape)), []).append(name)
+    initializers = model.graph.initializers
+    taken = set(initializers) & set(weights)
+    for value in list(initializers.values()):
+        if value.name in weights or value.const_value is None:
+            continue
+        candidates = by_shape.get(tuple(value.const_value.shape.numpy()), [])
+        if not candidates or value.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
+            continue
+        array = value.const_value.numpy().T
+        matches = [name for name in candidates if _same(array, weights[name])]
+        if matches:
+            shared = [name for name in matches if name in taken]
+            name = f"{shared[0]}.T" if shared else matches[0]
+            if name not in initializers:
+                value.name = name
+                taken.add(name)
+    for value in list(initializers.values()):
+        short = (value.name or "").removeprefix(prefix)
+        if short and short != value.name and short not in initializers:
+            value.name = short
+
+
+def _same(array: np.ndarray, weight: Any) -> bool:
+    """Whether a constant and a parameter are equal; corners first, since most pairs differ."""
+    other = weight.detach().cpu().numpy()
+    corners = array[0, 0] == other[0, 0] and array[-1, -1] == other[-1, -1]
+    return bool(corners) and np.array_equal(array, other)
 
 
 def rename_dimensions(
@@ -229,8 +275,8 @@ def write(model: ir.Model, path: Path, *, data_name: str | None = None) -> Path:
     try:
         ir.save(model, temporary / path.name, external_data=data_name)
         if data_name is not None and (temporary / data_name).exists():
-            os.replace(temporary / data_name, path.parent / data_name)
-        os.replace(temporary / path.name, path)
+            (temporary / data_name).replace(path.parent / data_name)
+        (temporary / path.name).replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return path

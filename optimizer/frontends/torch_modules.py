@@ -8,10 +8,10 @@ import torch
 from transformers import DynamicCache
 
 
-class Decoder(torch.nn.Module):
+class Decoder(torch.nn.Module):  # type: ignore[misc]  # torch has no stubs here
     """A causal language model without a cache: token ids, mask and positions to logits."""
 
-    def __init__(self, model: torch.nn.Module, positions: bool) -> None:
+    def __init__(self, model: torch.nn.Module, *, positions: bool) -> None:
         super().__init__()
         self.model = model
         self.positions = positions
@@ -22,17 +22,18 @@ class Decoder(torch.nn.Module):
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """Logits ``[batch, sequence, vocabulary]``."""
         extra = {"position_ids": position_ids} if self.positions else {}
         output = self.model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra
         )
-        return output.logits  # type: ignore[no-any-return]
+        return output.logits
 
 
-class CachedDecoder(torch.nn.Module):
+class CachedDecoder(torch.nn.Module):  # type: ignore[misc]
     """A causal language model with its cache as a flat list ``[k0, v0, k1, v1, ...]``."""
 
-    def __init__(self, model: torch.nn.Module, positions: bool) -> None:
+    def __init__(self, model: torch.nn.Module, *, positions: bool) -> None:
         super().__init__()
         self.model = model
         self.positions = positions
@@ -44,6 +45,7 @@ class CachedDecoder(torch.nn.Module):
         position_ids: torch.Tensor | None,
         past: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
+        """Logits, then keys and values of past and present per layer."""
         pairs = [(past[i], past[i + 1]) for i in range(0, len(past), 2)]
         extra = {"position_ids": position_ids} if self.positions else {}
         output = self.model(
@@ -59,7 +61,7 @@ class CachedDecoder(torch.nn.Module):
         return (output.logits, *present)
 
 
-class Named(torch.nn.Module):
+class Named(torch.nn.Module):  # type: ignore[misc]
     """Any model called with keyword inputs, reduced to some fields of its output."""
 
     def __init__(self, model: torch.nn.Module, inputs: list[str], outputs: list[str]) -> None:
@@ -69,5 +71,6 @@ class Named(torch.nn.Module):
         self.outputs = outputs
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Output fields in their declared order."""
         output: Any = self.model(**dict(zip(self.inputs, tensors, strict=True)))
         return tuple(output[name] for name in self.outputs)
