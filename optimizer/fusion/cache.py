@@ -1,0 +1,163 @@
+"""The KV cache of a group: one ``[B, sum of heads, T, c]`` pair under its first member's names.
+
+All other inputs and outputs keep their names, order and dimensions; the pairs of the other members
+disappear. What read the length of a cache reads the group's: all members have seen the same tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import onnx_ir as ir
+
+from optimizer.fusion.writer import Writer
+from optimizer.graph import insert, replace_value
+from optimizer.structure import Block
+
+#: Model metadata: JSON, one entry per grouped cache input, ``{name: {layers, heads, past,
+#: present}}``. ``heads[i]`` is the range [lo, hi) on axis 1 that belongs to ``layers[i]``; ``past``
+#: and ``present`` name what the members had before.
+KV_GROUPS_KEY = "optimize.kv_groups"
+
+
+def attention_outputs(
+    w: Writer,
+    members: Sequence[Block],
+    inputs: Sequence[ir.Value | None],
+    attributes: Mapping[str, Any],
+) -> tuple[ir.Value, ...]:
+    """The Attention node of a group, with present outputs where its members have them."""
+    first = members[0].attention
+    cached = first.present_key is not None or first.present_value is not None
+    outputs = insert(
+        w.graph,
+        w.anchor,
+        "Attention",
+        inputs,
+        attributes,
+        name=f"{w.prefix}/attention",
+        outputs=3 if cached else 1,
+        dtype=(first.node.outputs[0].dtype,) * (3 if cached else 1),
+    )
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def group_outputs(
+    model: ir.Model, members: Sequence[Block], node: ir.Node, layers: Sequence[int]
+) -> None:
+    """Let the group's present values be the outputs, and describe the caches in the metadata.
+
+    Call before the members' nodes are removed, ``group_inputs`` after.
+    """
+    groups = json.loads(model.metadata_props.get(KV_GROUPS_KEY, "{}"))
+    for past, present, output in _pairs(members, node):
+        _rewire_lengths(model.graph, members, past, past[0])
+        _rewire_lengths(model.graph, members, present, None)
+        names = [[v.name for v in values if v is not None] for values in (past, present)]
+        if not any(names):
+            continue
+        _move_outputs(model.graph, members, present, output)
+        bounds = [0, *accumulate(block.attention.kv_heads for block in members)]
+        groups[(names[0] or names[1])[0]] = {
+            "layers": list(layers),
+            "heads": [list(pair) for pair in pairwise(bounds)],
+            "past": names[0],
+            "present": names[1],
+        }
+    if groups:
+        model.metadata_props[KV_GROUPS_KEY] = json.dumps(groups, sort_keys=True)
+
+
+def group_inputs(graph: ir.Graph, members: Sequence[Block]) -> None:
+    """Widen the first member's cache inputs and remove those of the others."""
+    for past, _, _ in _pairs(members, None):
+        if past[0] is None:
+            continue
+        _widen(past[0], members)
+        for value in past[1:]:
+            if value is not None:
+                graph.inputs.remove(value)
+
+
+_Optional = ir.Value | None
+
+
+def _pairs(
+    members: Sequence[Block], node: ir.Node | None
+) -> list[tuple[list[_Optional], list[_Optional], _Optional]]:
+    """(pasts, presents, the group's present) for the keys and for the values."""
+    views = [block.attention for block in members]
+    outputs = (None, None, None) if node is None else (*node.outputs, None, None)
+    return [
+        ([v.past_key for v in views], [v.present_key for v in views], outputs[1]),
+        ([v.past_value for v in views], [v.present_value for v in views], outputs[2]),
+    ]
+
+
+def _rewire_lengths(
+    graph: ir.Graph,
+    members: Sequence[Block],
+    values: Sequence[_Optional],
+    target: _Optional,
+) -> None:
+    """Let every ``Shape`` of the members' caches read ``target``, with the head count it saw."""
+    for block, value in zip(members, values, strict=True):
+        if value is None:
+            continue
+        for use in list(value.uses()):
+            if use.node.op_type != "Shape":
+                continue
+            _keep_head_count(graph, use.node, block.attention.kv_heads)
+        for use in list(value.uses()):
+            if use.node.op_type == "Shape" and target is not None:
+                use.node.replace_input_with(0, target)
+
+
+def _keep_head_count(graph: ir.Graph, shape: ir.Node, heads: int) -> None:
+    """Put ``heads`` where ``Shape`` would read the head axis of a cache [B, heads, T, c]."""
+    start = shape.attributes.get_int("start", 0)
+    end = shape.attributes.get_int("end", 4)
+    axes = range(4)[start:end]
+    if 1 not in axes:
+        return
+    w = Writer(graph, shape, shape.outputs[0].name or "shape")
+    parts = []
+    for axis in axes:
+        if axis == 1:
+            parts.append(w.integers(heads))
+        else:
+            span = {"start": axis, "end": axis + 1}
+            part = w.op("Shape", [shape.inputs[0]], f"axis{axis}", span, like=shape.outputs[0])
+            parts.append(part)
+    joined = w.op("Concat", parts, "axes", {"axis": 0}) if len(parts) > 1 else parts[0]
+    shape.outputs[0].replace_all_uses_with(joined, replace_graph_outputs=True)
+
+
+def _move_outputs(
+    graph: ir.Graph,
+    members: Sequence[Block],
+    present: Sequence[_Optional],
+    output: _Optional,
+) -> None:
+    first = present[0]
+    if first is None or output is None:
+        return
+    for value in present[1:]:
+        if value is None:
+            continue
+        value.replace_all_uses_with(output)
+        if value.is_graph_output():
+            graph.outputs.remove(value)
+    replace_value(first, output)
+    _widen(output, members)
+
+
+def _widen(value: ir.Value, members: Sequence[Block]) -> None:
+    if value.shape is None:
+        return
+    dims = list(value.shape)
+    dims[1] = sum(block.attention.kv_heads for block in members)
+    value.shape = ir.Shape(dims)

@@ -1,0 +1,196 @@
+"""Weights of fused linears, computed when read and never held.
+
+Everything is folded in float64 and rounded once to the element type of the first weight, so that
+a fused model differs from the algebra by one rounding per weight, whatever was folded into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
+import numpy as np
+import onnx_ir as ir
+
+from optimizer.graph import add_initializer, const, constant, lazy, release
+from optimizer.structure import Linear, Norm
+
+
+@dataclass(frozen=True)
+class Affine:
+    """One linear and what is folded into it: ``((x * scale + shift) W + b) * gain``.
+
+    Attributes:
+        weight: Constant W [K, N].
+        bias: Constant b [N], or None.
+        scale: Constant [K], the scale of the norm before the linear, or None.
+        shift: Constant [K], the bias of that norm, or None.
+        gain: [N] or one number that multiplies the output, or None.
+    """
+
+    weight: ir.Value
+    bias: ir.Value | None = None
+    scale: ir.Value | None = None
+    shift: ir.Value | None = None
+    gain: np.ndarray | float | None = None
+
+    @classmethod
+    def of(
+        cls, linear: Linear, norm: Norm | None = None, gain: np.ndarray | float | None = None
+    ) -> Affine:
+        """``linear`` reading what ``norm`` reads (after the plain normalization)."""
+        if norm is None:
+            return cls(linear.weight, linear.bias, gain=gain)
+        return cls(linear.weight, linear.bias, norm.scale, norm.bias, gain)
+
+    @property
+    def inputs(self) -> int:
+        """K."""
+        return _shape(self.weight)[0]
+
+    @property
+    def outputs(self) -> int:
+        """N."""
+        return _shape(self.weight)[1]
+
+    @property
+    def biased(self) -> bool:
+        """Whether the folded linear needs a bias."""
+        if self.bias is not None:
+            return True
+        shift = const(self.shift)
+        return shift is not None and bool(np.any(shift))
+
+    def folded_weight(self) -> np.ndarray:
+        """[K, N] in float64, or as stored where nothing is folded into it."""
+        weight = _read(self.weight)
+        if self.scale is None and self.gain is None:
+            return weight
+        folded = weight.astype(np.float64)
+        if self.scale is not None:
+            folded *= _read(self.scale).astype(np.float64)[:, None]
+        if self.gain is not None:
+            folded *= self.gain
+        return folded
+
+    def folded_bias(self) -> np.ndarray:
+        """[N] in float64: ``(b + shift W) * gain``, with W before its scaling."""
+        bias = np.zeros(self.outputs)
+        if self.bias is not None:
+            bias += _read(self.bias).astype(np.float64)
+        if self.shift is not None:
+            bias += _read(self.shift).astype(np.float64) @ _read(self.weight).astype(np.float64)
+        return bias if self.gain is None else bias * self.gain
+
+
+def beside(parts: Sequence[Affine], name: str) -> tuple[ir.LazyTensor, ir.LazyTensor | None]:
+    """Linears of one input as one: weights and biases concatenated along N.
+
+    Returns:
+        W [K, sum of N], and b [sum of N] where any part needs one.
+    """
+    outputs = sum(part.outputs for part in parts)
+
+    def weight(out: np.ndarray) -> None:
+        start = 0
+        for part in parts:
+            out[:, start : start + part.outputs] = part.folded_weight()
+            start += part.outputs
+
+    def bias(out: np.ndarray) -> None:
+        np.concatenate([part.folded_bias() for part in parts], out=out, casting="same_kind")
+
+    return (
+        _tensor(parts, f"{name}.weight", (parts[0].inputs, outputs), weight),
+        _tensor(parts, f"{name}.bias", (outputs,), bias) if _biased(parts) else None,
+    )
+
+
+def stacked(parts: Sequence[Affine], name: str) -> tuple[ir.LazyTensor, ir.LazyTensor | None]:
+    """A sum of linears as one linear of the concatenated inputs: ``sum x_j W_j + b_j``.
+
+    Returns:
+        W [sum of K, N], and b [N], the sum of the biases, where any part needs one.
+    """
+    inputs, outputs = sum(part.inputs for part in parts), parts[0].outputs
+
+    def weight(out: np.ndarray) -> None:
+        start = 0
+        for part in parts:
+            out[start : start + part.inputs] = part.folded_weight()
+            start += part.inputs
+
+    def bias(out: np.ndarray) -> None:
+        out[:] = np.sum([part.folded_bias() for part in parts], axis=0)
+
+    return (
+        _tensor(parts, f"{name}.weight", (inputs, outputs), weight),
+        _tensor(parts, f"{name}.bias", (outputs,), bias) if _biased(parts) else None,
+    )
+
+
+def unit_scale(graph: ir.Graph, like: ir.Value) -> ir.Value:
+    """The scale of a norm whose own scale was folded away: ones of the shape of ``like``."""
+    tensor = constant(like)
+    assert tensor is not None  # noqa: S101  (a norm's scale is an initializer)
+    size = tensor.size
+    name = f"unit_scale_{size}_{tensor.dtype.name.lower()}"
+    found = graph.initializers.get(name)
+    if found is not None:
+        return found
+    return add_initializer(graph, name, np.ones(size, tensor.dtype.numpy()))
+
+
+def overflows(part: Affine) -> bool:
+    """Whether folding leaves the range of the weight's element type (float16 in practice).
+
+    Only 16-bit floats are read and checked: the product of two sane float32 numbers fits.
+    """
+    tensor = constant(part.weight)
+    if tensor is None or tensor.dtype is not ir.DataType.FLOAT16:
+        return False
+    limit = float(np.finfo(np.float16).max)
+    arrays = (part.folded_weight(), part.folded_bias())
+    return any(bool(np.any(np.abs(array) > limit)) for array in arrays)
+
+
+def _biased(parts: Sequence[Affine]) -> bool:
+    return any(part.biased for part in parts)
+
+
+def _tensor(
+    parts: Sequence[Affine],
+    name: str,
+    shape: tuple[int, ...],
+    fill: Callable[[np.ndarray], None],
+) -> ir.LazyTensor:
+    tensor = constant(parts[0].weight)
+    assert tensor is not None  # noqa: S101  (the caller refused anything but constants)
+    dtype = tensor.dtype.numpy()
+
+    def read() -> np.ndarray:
+        out = np.empty(shape, dtype)  # filled part by part: nothing is ever held twice in float64
+        fill(out)
+        return out
+
+    return lazy(name, tensor.dtype, shape, read)
+
+
+def _read(value: ir.Value) -> np.ndarray:
+    tensor = constant(value)
+    if tensor is None:
+        msg = f"value '{value.name}' is not a constant"
+        raise ValueError(msg)
+    array = tensor.numpy()
+    release(tensor)
+    return array
+
+
+def _shape(value: ir.Value) -> tuple[int, int]:
+    tensor = constant(value)
+    if tensor is None:
+        msg = f"weight '{value.name}' is not a constant"
+        raise ValueError(msg)
+    rows, columns = tensor.shape.numpy()
+    return rows, columns
