@@ -1,9 +1,13 @@
-"""What every rule of ``canonicalize`` returns."""
+"""What every rule of ``canonicalize`` returns, and the sweep that applies local rules."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from optimizer.graph import remove_dead
 
 
 @dataclass(frozen=True)
@@ -37,3 +41,43 @@ class RuleReport:
         reports = tuple(reports)
         skipped = dict.fromkeys(miss for report in reports for miss in report.skipped)
         return RuleReport(sum(report.applied for report in reports), tuple(skipped))
+
+
+#: Rewrites at one node and says whether it did, or why it nearly did.
+LocalRule = Callable[[ir.Node], bool | Miss]
+
+
+def sweep(model: ir.Model, rules: Mapping[str, LocalRule]) -> RuleReport:
+    """Offer every node of the main graph, in order, to the rule for its operator.
+
+    A rule leaves nodes without users behind; they are removed at the end.
+    """
+    applied, skipped = 0, []
+    for node in model.graph:
+        rule = rules.get(node.op_type) if node.domain == "" else None
+        outcome = rule(node) if rule is not None else False
+        if isinstance(outcome, Miss):
+            skipped.append(outcome)
+        else:
+            applied += outcome
+    if applied:
+        remove_dead(model)
+    return RuleReport(applied, tuple(skipped))
+
+
+def opset_of(model: ir.Model) -> int:
+    """Version of the standard operators the model imports."""
+    return model.opset_imports.get("", 1)
+
+
+def site(node: ir.Node) -> str:
+    """What a report calls a node: its name, or that of its first output."""
+    return node.name or (node.outputs[0].name if node.outputs else None) or node.op_type
+
+
+def produced_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    """The node that makes ``value``, if it is a standard operator of one of these types."""
+    node = None if value is None else value.producer()
+    if node is None or node.domain != "" or node.op_type not in op_types:
+        return None
+    return node

@@ -1,0 +1,220 @@
+"""Constants become initializers, and what depends on constants alone is computed now.
+
+Rewrite:      Constant -> initializer; f(constants) -> initializer, f any deterministic operator
+Applies when: the result adds no more than ``GROWTH_LIMIT`` bytes to the model, or replaces
+              constants that are at least as large; large results stay lazy
+Exactness:    as the operator; the numbers come from ONNX's reference implementation
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+from onnx import helper
+from onnx.reference import ReferenceEvaluator
+
+from optimizer.graph import (
+    attribute_graphs,
+    constant,
+    lazy,
+    release,
+    replace_value,
+    unique_name,
+)
+from optimizer.raising.base import RuleReport, opset_of
+from optimizer.raising.shapes import Shapes
+
+#: Bytes one folded result may add. A mask or position table of a short static sequence fits, a
+#: weight expanded from a smaller one (dequantized, tiled, widened) does not.
+GROWTH_LIMIT = 1 << 16
+#: Results up to this size are computed at once, larger ones each time they are read.
+EAGER_LIMIT = 1 << 16
+
+#: Drawing numbers is not deterministic, and a dequantized weight is the point of a quantized model.
+_KEEP = frozenset(
+    {
+        "Bernoulli",
+        "Constant",
+        "DequantizeLinear",
+        "Dropout",
+        "Multinomial",
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+    }
+)
+
+
+def lift(model: ir.Model) -> RuleReport:
+    """Turn ``Constant`` nodes into initializers."""
+    return RuleReport(_lift_constants(model.graph, model.graph))
+
+
+def run(model: ir.Model) -> RuleReport:
+    """Compute what depends on constants alone."""
+    opset, shapes = opset_of(model), Shapes()
+    return RuleReport(
+        sum(_fold(model.graph, node, opset, shapes) for node in model.graph if _foldable(node))
+    )
+
+
+def make_initializer(graph: ir.Graph, value: ir.Value, tensor: ir.TensorProtocol) -> None:
+    """Let an initializer holding ``tensor`` take the place and the name of ``value``."""
+    name = value.name or "constant"
+    value.name = unique_name(graph, f"{name}/folded")
+    tensor.name = name
+    initializer = ir.Value(
+        name=name,
+        type=ir.TensorType(tensor.dtype),
+        shape=ir.Shape(tensor.shape.numpy()),
+        const_value=tensor,
+    )
+    graph.initializers.add(initializer)
+    replace_value(value, initializer)
+
+
+def _lift_constants(root: ir.Graph, graph: ir.Graph) -> int:
+    """Constants of subgraphs move to the outermost graph, which is visible from inside."""
+    count = 0
+    for node in graph:
+        for subgraph in attribute_graphs(node):
+            count += _lift_constants(root, subgraph)
+        if node.op_type != "Constant" or node.domain:
+            continue
+        output = node.outputs[0]
+        tensor = constant(output)
+        if tensor is None or output.is_graph_output():
+            continue
+        make_initializer(root, output, tensor)
+        graph.remove(node, safe=True)
+        count += 1
+    return count
+
+
+def _foldable(node: ir.Node) -> bool:
+    if node.domain or node.op_type in _KEEP or any(True for _ in attribute_graphs(node)):
+        return False
+    return all(value is None or constant(value) is not None for value in node.inputs) and not any(
+        output.is_graph_output() for output in node.outputs
+    )
+
+
+def _fold(graph: ir.Graph, node: ir.Node, opset: int, shapes: Shapes) -> int:
+    limit = max(GROWTH_LIMIT, _freed_bytes(node))
+    known = _static_types(node, shapes)
+    size = None if known is None else sum(_nbytes(dtype, shape) for dtype, shape in known)
+    if known is not None and size is not None and size > EAGER_LIMIT:
+        if size > limit:
+            return 0
+        tensors: list[ir.TensorProtocol] = [
+            _lazy_output(node, index, opset, *known[index]) for index in range(len(node.outputs))
+        ]
+    else:
+        read = sum(tensor.nbytes for v in node.inputs if (tensor := constant(v)) is not None)
+        if size is None and read > EAGER_LIMIT:
+            return 0
+        arrays = evaluate(node, opset)
+        if arrays is None or sum(array.nbytes for array in arrays) > limit:
+            return 0
+        tensors = [ir.Tensor(array) for array in arrays]
+    for output, tensor in zip(node.outputs, tensors, strict=True):
+        make_initializer(graph, output, tensor)
+    graph.remove(node, safe=True)
+    return 1
+
+
+def _static_types(
+    node: ir.Node, shapes: Shapes
+) -> list[tuple[ir.DataType, tuple[int, ...]]] | None:
+    """Element types and shapes of all outputs, None unless all of them are numbers."""
+    known = []
+    for output in node.outputs:
+        dtype, shape = output.dtype, shapes.of(output)
+        if shape is None and output.shape is not None and output.shape.is_static():
+            shape = output.shape.numpy()
+        if shape is None or dtype is None or dtype == ir.DataType.STRING:
+            return None
+        sizes = tuple(dim for dim in shape if isinstance(dim, int))
+        if len(sizes) != len(shape):
+            return None
+        known.append((dtype, sizes))
+    return known
+
+
+def _nbytes(dtype: ir.DataType, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * dtype.bitwidth // 8
+
+
+def _freed_bytes(node: ir.Node) -> int:
+    """Bytes of the constants nobody else reads."""
+    freed = 0
+    for value in dict.fromkeys(node.inputs):
+        tensor = constant(value)
+        if value is not None and tensor is not None and not value.is_graph_output():
+            freed += tensor.nbytes if all(use.node is node for use in value.uses()) else 0
+    return freed
+
+
+def _lazy_output(
+    node: ir.Node, index: int, opset: int, dtype: ir.DataType, shape: tuple[int, ...]
+) -> ir.LazyTensor:
+    frozen = ir.Node(node.domain, node.op_type, (), node.attributes, num_outputs=len(node.outputs))
+    tensors = [constant(value) for value in node.inputs]
+
+    def read() -> np.ndarray:
+        return _evaluate(frozen, tensors, opset)[index]
+
+    return lazy(node.outputs[index].name, dtype, shape, read)
+
+
+def evaluate(node: ir.Node, opset: int) -> tuple[np.ndarray, ...] | None:
+    """The outputs of a node whose inputs are all constants, None if they cannot be computed."""
+    try:
+        arrays = _evaluate(node, [constant(value) for value in node.inputs], opset)
+    except Exception:
+        return None
+    if not all(isinstance(array, np.ndarray | np.generic) for array in arrays):
+        return None
+    arrays = tuple(np.asarray(array) for array in arrays)
+    wanted = [output.dtype for output in node.outputs]
+    if any(d is not None and d.numpy() != a.dtype for d, a in zip(wanted, arrays, strict=True)):
+        return None
+    return arrays
+
+
+def _evaluate(
+    node: ir.Node, tensors: list[ir.TensorProtocol | None], opset: int
+) -> tuple[np.ndarray, ...]:
+    names = [f"i{index}" if tensor is not None else "" for index, tensor in enumerate(tensors)]
+    outputs = [f"o{index}" for index in range(len(node.outputs))]
+    proto = helper.make_node(node.op_type, names, outputs)
+    proto.attribute.extend(
+        ir.serde.serialize_attribute(attribute) for attribute in node.attributes.values()
+    )
+    graph = helper.make_graph(
+        [proto],
+        "fold",
+        [helper.make_empty_tensor_value_info(name) for name in names if name],
+        [helper.make_empty_tensor_value_info(name) for name in outputs],
+    )
+    evaluator = ReferenceEvaluator(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+    )
+    feed = {
+        name: tensor.numpy()
+        for name, tensor in zip(names, tensors, strict=True)
+        if tensor is not None
+    }
+    with np.errstate(all="ignore"):  # a masked position may well be 0/0
+        arrays = tuple(evaluator.run(None, feed))
+    views = any(array.base is not None for array in arrays if isinstance(array, np.ndarray))
+    if views:  # of a memory map, perhaps
+        arrays = tuple(np.array(array, order="C", copy=True) for array in arrays)
+    del feed
+    for tensor in tensors:
+        if tensor is not None:
+            release(tensor)
+    return arrays

@@ -1,0 +1,92 @@
+"""Raises every exporter's spelling to the canonical dialect that all other passes are written for.
+
+Rewrite:      graph as exported -> graph in the dialect of ``optimizer/DESIGN.md``
+Applies when: a rule of ``STEPS`` proves that its rewrite computes the same; what it does not
+              recognise it leaves alone, and says why where it came close
+Exactness:    reassociated: sums and products may be ordered differently
+Cost:         time linear in the number of nodes; weights are transposed when they are written
+Source:       definitions of the operators in the ONNX standard, opset 23
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from optimizer.pass_base import Context, Exactness, GraphPass, PassOptions, Report, Skip
+from optimizer.raising import (
+    constants,
+    cse,
+    inline,
+    reshapes,
+    simplify,
+    value_info,
+)
+from optimizer.raising.base import RuleReport
+
+Rule = Callable[[ir.Model], RuleReport]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One rule of the pass.
+
+    Attributes:
+        name: What a report calls it.
+        run: Rewrites in place.
+        opset: Version of the standard operators from which on what it writes exists.
+    """
+
+    name: str
+    run: Rule
+    opset: int = 1
+
+
+_CLEAN = (
+    Step("fold", constants.run),
+    Step("reshapes", reshapes.run),
+    Step("simplify", simplify.run),
+    Step("merge", cse.run),
+)
+
+STEPS: tuple[Step, ...] = (
+    Step("inline", inline.run),
+    Step("constants", constants.lift),
+    Step("merge", cse.run),
+    Step("types", value_info.fill),
+    *_CLEAN,
+    *_CLEAN,
+    Step("types", value_info.refresh),
+)
+
+
+class CanonicalizeOptions(PassOptions):
+    """None: there is one canonical form."""
+
+
+class Canonicalize(GraphPass[CanonicalizeOptions]):
+    """Raise to the canonical dialect."""
+
+    name = "canonicalize"
+    exactness = Exactness.REASSOCIATED
+    Options = CanonicalizeOptions
+
+    def call(self, model: ir.Model, context: Context) -> Report:
+        """Run ``STEPS`` in order."""
+        del context
+        counts: Counter[str] = Counter()
+        skipped: dict[Skip, None] = {}
+        for step in STEPS:
+            report = step.run(model)
+            counts[step.name] += report.applied
+            skipped.update((Skip(miss.site, miss.reason), None) for miss in report.skipped)
+        applied = counts.total()
+        return Report(
+            modified=applied > 0,
+            applied=applied,
+            skipped=tuple(skipped),
+            details={"steps": {name: count for name, count in counts.items() if count}},
+        )
