@@ -133,7 +133,7 @@ def _keep_head_count(graph: ir.Graph, shape: ir.Node, heads: int) -> None:
             part = w.op("Shape", [shape.inputs[0]], f"axis{axis}", span, like=shape.outputs[0])
             parts.append(part)
     joined = w.op("Concat", parts, "axes", {"axis": 0}) if len(parts) > 1 else parts[0]
-    shape.outputs[0].replace_all_uses_with(joined, replace_graph_outputs=True)
+    replace_value(shape.outputs[0], joined)
 
 
 def _move_outputs(
@@ -148,9 +148,9 @@ def _move_outputs(
     for value in present[1:]:
         if value is None:
             continue
-        value.replace_all_uses_with(output)
         if value.is_graph_output():
             graph.outputs.remove(value)
+        value.replace_all_uses_with(output)
     replace_value(first, output)
     _widen(output, members)
 

@@ -57,8 +57,8 @@ def fuse_group(
 ) -> FusedGroup:
     """Replace ``members`` by one group, in place.
 
-    The views of the model's blocks are stale afterwards, except those of blocks that are not
-    members: their values and nodes stay.
+    The views of the members are stale afterwards. Other blocks' views stay good enough to fuse
+    them, too, so a whole partition can be applied with one set of views.
 
     Args:
         model: The model.
@@ -73,8 +73,8 @@ def fuse_group(
     assert last is not None  # noqa: S101  (the output of a block is a residual add)
     early = Writer(graph, members[0].attention.node, name)
     late = Writer(graph, last, name)
-    x = members[0].input
     attention_norm = members[0].attention_norm
+    x = _stream(members)
     normalized = early.norm(attention_norm, x, unit_scale(graph, attention_norm.scale), "norm1")
     context, node = _attention(early, members, normalized)
     node.metadata_props[GROUP_KEY] = ",".join(str(number) for number in numbers)
@@ -89,6 +89,13 @@ def fuse_group(
     remove_dead(graph)
     cache.group_inputs(graph, members)
     return FusedGroup(name, numbers, output)
+
+
+def _stream(members: Sequence[Block]) -> ir.Value:
+    """The stream before the group, read from the graph: the group before may have replaced it."""
+    stream = members[0].attention_norm.node.inputs[0]
+    assert stream is not None  # noqa: S101  (a norm has an input)
+    return stream
 
 
 def _gain(linear: Linear, add: ir.Node) -> np.ndarray | None:
@@ -192,7 +199,7 @@ def _head_norm(w: Writer, x: ir.Value, parts: Sequence[_HeadNorm], name: str) ->
 
 def _symmetric(w: Writer, members: Sequence[Block], context: ir.Value) -> ir.Value:
     a = w.linear(context, stacked([_attention_out(b) for b in members], "o"), "o")
-    h = w.op("Add", [members[0].input, a], "hidden")
+    h = w.op("Add", [_stream(members), a], "hidden")
     norm = members[0].mlp_norm
     inner = _mlp(w, members, w.norm(norm, h, unit_scale(w.graph, norm.scale), "norm2"))
     return w.op("Add", [h, _down(w, members, inner)], "output")
@@ -201,7 +208,7 @@ def _symmetric(w: Writer, members: Sequence[Block], context: ir.Value) -> ir.Val
 def _parallel(
     w: Writer, members: Sequence[Block], normalized: ir.Value, context: ir.Value
 ) -> ir.Value:
-    x, first = members[0].input, members[0]
+    x, first = _stream(members), members[0]
     one = (first.attention_norm.kind, first.attention_norm.epsilon)
     if (first.mlp_norm.kind, first.mlp_norm.epsilon) != one:
         norm = first.mlp_norm
@@ -232,7 +239,7 @@ def _bypassed(
     early: Writer, late: Writer, members: Sequence[Block], context: ir.Value, distance: int
 ) -> ir.Value:
     """Distance d: the members keep their own norms and first projections (their nodes stay)."""
-    x = members[0].input
+    x = _stream(members)
     widths = [block.attention.heads * block.attention.head_dim for block in members]
     parts = early.split(context, widths, "context")
     attended = [

@@ -285,7 +285,8 @@ def nodes_of(block: Block) -> tuple[ir.Node, ...]:
     Found backwards from the output; masks, rotary tables, caches and shape arithmetic are not of
     the block.
     """
-    stop = {block.input, block.attention.mask, *block.attention.node.inputs[3:]}
+    stream = block.attention_norm.node.inputs[0]
+    stop = {stream, block.attention.mask, *block.attention.node.inputs[3:]}
     nodes: dict[ir.Node, None] = {}
     stack = [block.output]
     while stack:
