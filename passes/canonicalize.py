@@ -21,6 +21,7 @@ from optimizer.raising import (
     constants,
     cse,
     inline,
+    linears,
     reshapes,
     simplify,
     value_info,
@@ -45,20 +46,30 @@ class Step:
     opset: int = 1
 
 
-_CLEAN = (
-    Step("fold", constants.run),
-    Step("reshapes", reshapes.run),
-    Step("simplify", simplify.run),
-    Step("merge", cse.run),
-)
+#: Repeated until none of them finds anything, because each makes room for the others.
+_CLEANING: tuple[Rule, ...] = (constants.run, reshapes.run, simplify.run, cse.run)
+_MAX_ROUNDS = 8
+
+
+def clean(model: ir.Model) -> RuleReport:
+    """Fold, simplify and merge until nothing changes."""
+    reports: list[RuleReport] = []
+    for _ in range(_MAX_ROUNDS):
+        round_report = RuleReport.total([rule(model) for rule in _CLEANING])
+        reports.append(round_report)
+        if not round_report.applied:
+            break
+    return RuleReport.total(reports)
+
 
 STEPS: tuple[Step, ...] = (
     Step("inline", inline.run),
     Step("constants", constants.lift),
     Step("merge", cse.run),
     Step("types", value_info.fill),
-    *_CLEAN,
-    *_CLEAN,
+    Step("clean", clean),
+    Step("linears", linears.run),
+    Step("clean", clean),
     Step("types", value_info.refresh),
 )
 

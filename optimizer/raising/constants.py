@@ -130,7 +130,7 @@ def _static_types(
     node: ir.Node, shapes: Shapes
 ) -> list[tuple[ir.DataType, tuple[int, ...]]] | None:
     """Element types and shapes of all outputs, None unless all of them are numbers."""
-    known = []
+    known: list[tuple[ir.DataType, tuple[int, ...]]] = []
     for output in node.outputs:
         dtype, shape = output.dtype, shapes.of(output)
         if shape is None and output.shape is not None and output.shape.is_static():

@@ -86,7 +86,7 @@ def _unchanged(node: ir.Node, shapes: Shapes) -> bool:
 
 
 def bypass(node: ir.Node, index: int = 0) -> bool:
-    """Let the users of the first output of ``node`` read one of its inputs, where names allow it."""
+    """Let users of the first output of ``node`` read one of its inputs, where names allow it."""
     source, output = node.inputs[index], node.outputs[0]
     if source is None:
         return False

@@ -1,7 +1,7 @@
-"""Nodes that compute nothing go away.
+"""Nodes that compute nothing go away, constant operands come second.
 
-Rewrite:      Identity, Dropout at inference, Cast to the type it has, Transpose pairs, x + 0, x * 1,
-              Concat of one, Sum of two (-> Add), CastLike of a known type (-> Cast)
+Rewrite:      Identity, Dropout at inference, Cast to the type it has, Transpose pairs, x + 0 and
+              x * 1 go away; Sum of two -> Add; CastLike of a known type -> Cast; c + x -> x + c
 Applies when: always, except where it would rename a graph input or output
 Exactness:    bitwise (x + 0 turns -0 into 0)
 """
@@ -100,6 +100,11 @@ def _neutral(number: float, *, commutes: bool) -> LocalRule:
     """X + 0, x - 0, x * 1, x / 1 for a constant that does not widen x by broadcasting."""
 
     def rule(node: ir.Node) -> bool:
+        first, second = node.inputs
+        if commutes and constant(first) is not None and constant(second) is None:
+            node.replace_input_with(0, second)
+            node.replace_input_with(1, first)
+            return True
         for kept, dropped in ((0, 1), (1, 0)) if commutes else ((0, 1),):
             value, other = node.inputs[kept], node.inputs[dropped]
             if value is None or other is None or constant(value) is not None:

@@ -1,0 +1,256 @@
+"""Linear layers become ``Add(MatMul(x, W), b)`` with W [K, N] and b [N] constant.
+
+Rewrite:      Gemm(x, W, b), with or without transposed W, alpha, beta -> Add(MatMul(x, W'), b')
+              Reshape(x, [-1, K]) -> linear -> ...  ->  linear(x) -> Reshape
+              Conv over one position between two Transposes -> linear
+              Add(b, MatMul(x, W)) -> Add(MatMul(x, W), b); b [1, .., N] -> [N]
+Applies when: W is constant (an initializer, or one that is dequantized); a W that other operators
+              read untransposed stays as it is, because the model would hold it twice
+Exactness:    bitwise but for alpha and beta, which are multiplied into the constants
+Cost:         weights are transposed when they are written, not now
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import onnx_ir as ir
+
+from optimizer.graph import add_initializer, constant, derived, insert, replace_value
+from optimizer.raising.base import LocalRule, Miss, RuleReport, produced_by, site, sweep
+from optimizer.raising.constants import GROWTH_LIMIT
+from optimizer.raising.shapes import Shapes
+
+#: Operators on each number alone, through which a Reshape may sink.
+_ELEMENTWISE = frozenset(
+    {"Cast", "Clip", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish", "Neg"}
+    | {"Relu", "Selu", "Sigmoid", "Softplus", "Sqrt", "Swish", "Tanh"}
+)
+
+
+def run(model: ir.Model) -> RuleReport:
+    """Raise linear layers; each sweep builds on the one before."""
+    transposed: dict[ir.Value, ir.Value] = {}
+    raised = sweep(
+        model,
+        {
+            "Gemm": partial(_gemm, cache=transposed),
+            "MatMul": partial(_transposed_weight, cache=transposed),
+            "Conv": _pointwise,
+        },
+    )
+    biased = sweep(model, {"Add": _bias})
+    shapes = Shapes()
+    sink: LocalRule = partial(_sink, shapes=shapes)
+    sunk = sweep(model, dict.fromkeys(("MatMul", "Add", *_ELEMENTWISE), sink))
+    return RuleReport.total([raised, biased, sunk])
+
+
+def weight_of(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The stored tensor of a constant matrix, also of one that is dequantized."""
+    dequantized = produced_by(value, "DequantizeLinear")
+    return constant(dequantized.inputs[0] if dequantized is not None else value)
+
+
+def _gemm(node: ir.Node, cache: dict[ir.Value, ir.Value]) -> bool | Miss:
+    graph, (x, weight) = node.graph, node.inputs[:2]
+    tensor = weight_of(weight)
+    if x is None or weight is None or tensor is None or not isinstance(graph, ir.Graph):
+        return False
+    if node.attributes.get_int("transA", 0):
+        return Miss(site(node), "Gemm multiplies a constant by a transposed activation")
+    columns = tensor.shape.numpy()[0 if node.attributes.get_int("transB", 0) else 1]
+    alpha, beta = (node.attributes.get_float(name, 1.0) for name in ("alpha", "beta"))
+    third = node.inputs[2] if len(node.inputs) > 2 else None
+    if beta != 1.0 and third is not None and constant(third) is None:
+        return Miss(site(node), f"Gemm scales an activation by beta = {beta:g}")
+    if alpha != 1.0 and constant(weight) is None:
+        return Miss(site(node), f"Gemm scales a dequantized weight by alpha = {alpha:g}")
+    if node.attributes.get_int("transB", 0):
+        if not _transposable(weight):
+            return Miss(site(node), "the weight is also read untransposed")
+        weight = _transpose(graph, node, weight, cache)
+    if alpha != 1.0:
+        weight = _changed(graph, weight, lambda w: (w * w.dtype.type(alpha)).astype(w.dtype))
+    output = node.outputs[0]
+    shape = None if output.shape is None else [output.shape[0], int(columns)]
+    y = insert(
+        graph, node, "MatMul", (x, weight), name=f"{output.name}/matmul" if third else output.name,
+        dtype=output.dtype, shape=shape,
+    )  # fmt: skip
+    if third is not None:
+        bias = _vector(graph, third, int(columns), beta)
+        y = insert(
+            graph, node, "Add", (y, bias), name=output.name, dtype=output.dtype, shape=shape
+        )
+    replace_value(output, y, keep_name=True)
+    return True
+
+
+def _transposable(weight: ir.Value) -> bool:
+    """Whether W' may be stored: it is small, or nobody reads W itself."""
+    dequantized = produced_by(weight, "DequantizeLinear")
+    stored = weight if dequantized is None else dequantized.inputs[0]
+    tensor = constant(stored)
+    if tensor is None or len(tensor.shape) != 2:
+        return False
+    if dequantized is not None and len(weight.uses()) > 1:
+        return False
+    if tensor.nbytes <= GROWTH_LIMIT or dequantized is not None:
+        return True
+    return not weight.is_graph_output() and all(
+        use.node.op_type == "Gemm"
+        and use.idx == 1
+        and use.node.attributes.get_int("transB", 0)
+        or use.node.op_type == "Transpose"
+        for use in weight.uses()
+    )
+
+
+def _transpose(
+    graph: ir.Graph, node: ir.Node, weight: ir.Value, cache: dict[ir.Value, ir.Value]
+) -> ir.Value:
+    if weight in cache:
+        return cache[weight]
+    dequantized = produced_by(weight, "DequantizeLinear")
+    if dequantized is None:
+        result = _changed(graph, weight, np.transpose)
+    else:
+        stored, *rest = dequantized.inputs
+        if stored is None:
+            msg = f"node '{site(dequantized)}' has no input"
+            raise ValueError(msg)
+        attributes = dict(dequantized.attributes.items())
+        axis = dequantized.attributes.get_int("axis", 1) % 2
+        attributes["axis"] = ir.AttrInt64("axis", 1 - axis)
+        turned = _changed(graph, stored, np.transpose)
+        result = insert(
+            graph, node, "DequantizeLinear", (turned, *rest), attributes,
+            name=weight.name, dtype=weight.dtype, shape=turned.shape,
+        )  # fmt: skip
+    cache[weight] = result
+    return result
+
+
+def _changed(
+    graph: ir.Graph, value: ir.Value, fn: Callable[[np.ndarray], np.ndarray]
+) -> ir.Value:
+    """A new constant ``fn(value)``; fn is None for its shape only where it transposes."""
+    shape = tuple(value.const_value.shape.numpy()) if value.const_value is not None else ()
+    shape = shape[::-1] if fn is np.transpose else shape
+    return add_initializer(graph, value.name or "weight", derived(value, shape, fn))
+
+
+def _vector(graph: ir.Graph, bias: ir.Value, columns: int, factor: float = 1.0) -> ir.Value:
+    """The constant [N] that broadcasts like ``bias`` over the last axis, ``bias`` if it is none."""
+    tensor = constant(bias)
+    if tensor is None:
+        return bias
+    shape = tuple(tensor.shape.numpy())
+    row = tensor.size in (1, columns) and (not shape or shape[-1] == tensor.size)
+    if (shape == (columns,) or not row) and factor == 1.0:
+        return bias
+
+    def scaled(array: np.ndarray) -> np.ndarray:
+        wide = np.broadcast_to(array.reshape(-1), (columns,)) if row else array
+        return wide if factor == 1.0 else (wide * wide.dtype.type(factor)).astype(wide.dtype)
+
+    name = bias.name or "bias"
+    return add_initializer(graph, name, derived(bias, (columns,) if row else shape, scaled))
+
+
+def _transposed_weight(node: ir.Node, cache: dict[ir.Value, ir.Value]) -> bool | Miss:
+    """MatMul(x, Transpose(W)) where folding left the Transpose: W is large, or dequantized."""
+    turned = produced_by(node.inputs[1], "Transpose")
+    graph = node.graph
+    if turned is None or turned.inputs[0] is None or not isinstance(graph, ir.Graph):
+        return False
+    weight = turned.inputs[0]
+    if weight_of(weight) is None or list(turned.attributes.get_ints("perm", (1, 0))) != [1, 0]:
+        return False
+    if not _transposable(weight):
+        return Miss(site(node), "the weight is also read untransposed")
+    node.replace_input_with(1, _transpose(graph, turned, weight, cache))
+    return True
+
+
+def _pointwise(node: ir.Node) -> bool:
+    """Transpose -> Conv with one tap -> Transpose, over sequences [B, C, S]."""
+    before = produced_by(node.inputs[0], "Transpose")
+    tensor, graph, output = constant(node.inputs[1]), node.graph, node.outputs[0]
+    after = [use.node for use in output.uses()]
+    swap = [0, 2, 1]
+    if before is None or tensor is None or not after or not isinstance(graph, ir.Graph):
+        return False
+    if any(list(n.attributes.get_ints("perm", ())) != swap for n in (before, *after)):
+        return False
+    ones = all(set(node.attributes.get_ints(k, (1,))) == {1} for k in ("strides", "kernel_shape"))
+    pads = any(node.attributes.get_ints("pads", (0,))) or node.attributes.get_int("group", 1) != 1
+    if not ones or pads or tensor.shape.numpy()[2:] != (1,) or output.is_graph_output():
+        return False
+    weight, x = node.inputs[1], before.inputs[0]
+    if weight is None or x is None or "auto_pad" in node.attributes:
+        return False
+    columns, rows, _ = tensor.shape.numpy()
+    stored = derived(weight, (rows, columns), lambda w: w[:, :, 0].T)
+    matrix = add_initializer(graph, weight.name or "weight", stored)
+    y = insert(graph, node, "MatMul", (x, matrix), name=f"{output.name}/matmul", dtype=x.dtype)
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        y = insert(graph, node, "Add", (y, node.inputs[2]), name=f"{output.name}/add", dtype=x.dtype)
+    for user in after:
+        replace_value(user.outputs[0], y)
+    return True
+
+
+def _sink(node: ir.Node, shapes: Shapes) -> bool:
+    """Move a Reshape that merges leading dimensions behind an operator on the last one."""
+    inner = produced_by(node.inputs[0], "Reshape")
+    graph, output = node.graph, node.outputs[0]
+    if inner is None or inner.inputs[0] is None or not isinstance(graph, ir.Graph):
+        return False
+    x = inner.inputs[0]
+    full, merged, result = (shapes.of(v) for v in (x, inner.outputs[0], output))
+    if full is None or merged is None or result is None or len(full) <= len(merged):
+        return False
+    if len(merged) != 2 or full[-1] != merged[-1] or not isinstance(result[-1], int):
+        return False
+    for other in node.inputs[1:]:
+        tensor = weight_of(other)
+        if tensor is None or len(tensor.shape) > (2 if node.op_type == "MatMul" else 1):
+            return False
+    if len(result) != 2:
+        return False
+    dims = [*(x.shape or (None,) * len(full))][:-1]
+    y = insert(
+        graph, node, node.op_type, (x, *node.inputs[1:]), dict(node.attributes.items()),
+        name=f"{output.name}/full", dtype=output.dtype, shape=[*dims, result[-1]],
+    )  # fmt: skip
+    target = np.array([-1, result[-1]], dtype=np.int64)
+    flat = insert(
+        graph, node, "Reshape", (y, add_initializer(graph, f"{output.name}/shape", target)),
+        name=output.name, dtype=output.dtype, shape=output.shape,
+    )  # fmt: skip
+    replace_value(output, flat, keep_name=True)
+    return True
+
+
+def _bias(node: ir.Node) -> bool:
+    """A bias [1, .., N] of a linear layer becomes [N]."""
+    graph, (y, bias) = node.graph, node.inputs
+    matmul = produced_by(y, "MatMul")
+    weight = weight_of(matmul.inputs[1]) if matmul is not None else None
+    tensor = constant(bias)
+    if weight is None or tensor is None or bias is None or not isinstance(graph, ir.Graph):
+        return False
+    shape, output = tuple(tensor.shape.numpy()), node.outputs[0].shape
+    columns = int(weight.shape.numpy()[-1])
+    if len(shape) < 2 or tensor.size != columns or shape[-1] != columns:
+        return False
+    if output is None or len(shape) > len(output) or y is None or y.shape is None:
+        return False
+    if len(y.shape) < len(shape):
+        return False  # the bias adds a dimension
+    node.replace_input_with(1, _vector(graph, bias, columns))
+    return True
