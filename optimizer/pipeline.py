@@ -93,6 +93,7 @@ class Run:
     source: str = "model"
     custom_ops: tuple[Path, ...] = ()
     fail_on_noop: bool = False
+    keep_missed: bool = False
     plan_only: bool = False
 
     def execute(self) -> RunReport:
@@ -103,11 +104,15 @@ class Run:
 
         Raises:
             VerificationError: A pass moved the numbers more than it may.
-            BudgetError: The drift misses the budget.
+            BudgetError: The drift misses the budget, unless ``keep_missed`` is set.
             NoopError: Nothing matched and ``fail_on_noop`` is set.
             OptimizerError: See the passes.
         """
-        require_data(self.recipe, self.data)
+        require_data(
+            self.recipe,
+            calibrated=self.data.calibration is not None,
+            measured=self.data.measuring is not None,
+        )
         self.report = RunReport(self.source, opset_of(self.model), size_of(self.model))
         self._reference = self._measure_original()
         self._original = self.model.clone() if self._verifies("final") else None
@@ -227,8 +232,9 @@ class Run:
             return
         failures = limits.failures(self.report.drift)
         if failures:
-            msg = "the result misses the budget: " + "; ".join(failures) + "; nothing was written"
-            raise BudgetError(msg)
+            self.report.missed = "the result misses the budget: " + "; ".join(failures)
+            if not self.keep_missed:
+                raise BudgetError(f"{self.report.missed}; nothing was written")
 
 
 def _row(
@@ -254,21 +260,21 @@ def _row(
     )
 
 
-def require_data(recipe: Recipe, data: Data) -> None:
+def require_data(recipe: Recipe, *, calibrated: bool = False, measured: bool = False) -> None:
     """Refuse a recipe that needs sample data where there is none.
 
     Raises:
         CalibrationError: Names the pass and the option to add.
     """
     for step in recipe.steps:
-        if data.calibration is None and step.create().needs_calibration():
+        if not calibrated and step.create().needs_calibration():
             msg = (
                 f"pass '{step.name}' needs sample data; add --calibration FILE.npz (one array per "
                 "model input), or --calibration self for a language model"
             )
             raise CalibrationError(msg)
     settings = recipe.settings
-    if settings.budget and (data.measuring is None or settings.verify == "off"):
+    if settings.budget and (not (measured or calibrated) or settings.verify == "off"):
         missing = "--verify final" if settings.verify == "off" else "--eval FILE.npz"
         msg = f"--budget needs a measured drift; add {missing}"
         raise CalibrationError(msg)

@@ -94,7 +94,7 @@ class RunReport:
         drift: Of the result against the original; None if not measured.
         samples: Number of samples that the drift is measured on.
         speedup: Latency of original and result, when measured.
-        notes: Sentences for the user that belong to no row.
+        missed: Why the result misses the budget or the required speed-up, if it was kept.
     """
 
     source: str
@@ -104,7 +104,7 @@ class RunReport:
     drift: Drift | None = None
     samples: int = 0
     speedup: dict[str, Any] | None = None
-    notes: list[str] = field(default_factory=list)
+    missed: str | None = None
 
     @property
     def after(self) -> Size:
@@ -134,7 +134,7 @@ class RunReport:
             "drift": None if self.drift is None else self.drift.as_dict(),
             "samples": self.samples,
             "speedup": self.speedup,
-            "notes": list(self.notes),
+            "missed": self.missed,
         }
 
 

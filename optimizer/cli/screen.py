@@ -1,0 +1,243 @@
+"""What the user sees at the end: a table with a row per stage, and what to do next."""
+
+from __future__ import annotations
+
+import collections
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from optimizer.metrics import Drift
+from optimizer.model_writer import size_text
+from optimizer.pass_base import Exactness, Skip
+from optimizer.report import Row, RunReport
+
+if TYPE_CHECKING:
+    from optimizer.api import Result
+
+_WIDE = 110  # columns where there is no terminal to ask
+
+
+def console() -> Console:
+    """Standard output; plain where it is no terminal or NO_COLOR is set."""
+    terminal = sys.stdout.isatty()
+    return Console(width=None if terminal else _WIDE, highlight=False, soft_wrap=not terminal)
+
+
+def print_json(content: Any) -> None:
+    """One JSON object on stdout."""
+    sys.stdout.write(json.dumps(content, indent=1, sort_keys=True, default=str) + "\n")
+
+
+def result_as_dict(result: Result) -> dict[str, Any]:
+    """JSON-compatible form of a result."""
+    return {
+        "output": None if result.path is None else str(result.path),
+        "files": [str(item) for item in result.files],
+        "recipe": result.recipe.as_dict(),
+        "report": result.report.as_dict(),
+    }
+
+
+def print_result(result: Result, *, explain: bool, dry_run: bool) -> None:
+    """Header, table, reasons, drift, files, next step."""
+    out, report = console(), result.report
+    before = report.before
+    out.print(
+        Text(
+            f"{report.source}  {size_text(before.bytes)}  opset {report.opset}  "
+            f"{before.nodes} nodes  ->  {result.recipe.settings.target}"
+        )
+    )
+    out.print(_table(report))
+    for line in skip_lines(report.rows, every=explain):
+        out.print(Text(line))
+    for line in _facts(report):
+        out.print(Text(line))
+    if dry_run:
+        out.print(Text("dry run: nothing was written"))
+        return
+    if result.path is not None:
+        size = sum(item.stat().st_size for item in result.files[:-1])
+        rest = "".join(f", {item.name}" for item in result.files[1:])
+        out.print(Text(f"wrote {result.path}{rest} ({size_text(size)})"))
+        out.print(Text(f"next: optimize bench {report.source} {result.path}"))
+
+
+def _table(report: RunReport) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("pass")
+    for title in ("matched", "skipped", "nodes", "size", "drift", "time", "memory"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("numbers")
+    for row in report.rows:
+        table.add_row(*(Text(cell) for cell in _cells(row)))
+    return table
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    nodes = f"{row.before.nodes} -> {row.after.nodes}"
+    return (
+        row.name,
+        str(row.applied) if row.applied or not row.modified else "yes",
+        str(len(row.skipped)),
+        nodes if row.before.nodes != row.after.nodes else str(row.after.nodes),
+        size_text(row.after.bytes),
+        "-" if row.drift is None else _percent(row.drift.relative_l2),
+        f"{row.seconds + row.seconds_checking:.1f} s",
+        size_text(row.peak_bytes),
+        _numbers(row),
+    )
+
+
+def _numbers(row: Row) -> str:
+    if not row.modified:
+        return "unchanged"
+    if row.verdict is not None:
+        return row.verdict
+    kind = "approximate" if row.exactness is Exactness.APPROXIMATE else "exact"
+    if row.drift is None:
+        return f"{kind}, not measured"
+    return f"{kind}, cosine {row.drift.cosine:.4f}"
+
+
+def _percent(part: float) -> str:
+    if part == 0:
+        return "0"
+    return f"{part:.1e}" if part < 1e-4 else f"{100 * part:.2g} %"
+
+
+def skip_lines(rows: Sequence[Row], *, every: bool) -> list[str]:
+    """Why sites were left alone: one line per reason, or per site."""
+    lines = []
+    for row in rows:
+        if every:
+            lines += [f"  {row.name} left {skip.site} alone: {skip.reason}" for skip in row.skipped]
+            continue
+        if row.name in ("canonicalize", "legalize") and row.applied:
+            continue  # near misses of the clean-up matter to who asks with --explain
+        lines += [
+            f"  {row.name} left {_sites(sites)} alone: {reason}"
+            for reason, sites in _by_reason(row.skipped).items()
+        ]
+    return lines
+
+
+def _by_reason(skips: Sequence[Skip]) -> dict[str, list[str]]:
+    grouped: dict[str, list[str]] = collections.defaultdict(list)
+    for skip in skips:
+        grouped[skip.reason].append(skip.site)
+    return grouped
+
+
+def _sites(sites: Sequence[str]) -> str:
+    if len(sites) <= 2:
+        return ", ".join(sites)
+    return f"{sites[0]} and {len(sites) - 1} more"
+
+
+def _facts(report: RunReport) -> list[str]:
+    lines = []
+    if report.drift is not None:
+        lines.append(f"drift on {report.samples} samples: {drift_text(report.drift)}")
+    if report.speedup is not None:
+        lines.append(str(report.speedup["text"]))
+    return lines
+
+
+def drift_text(drift: Drift) -> str:
+    """All metrics that have a meaning, on one line."""
+    parts = [f"relative L2 {drift.relative_l2:.3g}", f"cosine {drift.cosine:.6f}"]
+    if drift.top1 is not None:
+        parts.append(f"top-1 {100 * drift.top1:.2f} %")
+    if drift.kl is not None:
+        parts.append(f"KL {drift.kl:.3g}")
+    ratio = drift.perplexity_ratio
+    if ratio is not None:
+        parts.append(
+            f"perplexity {drift.perplexity_reference:.4g} -> {drift.perplexity:.4g} "
+            f"({100 * (ratio - 1):+.2f} %)"
+        )
+    return ", ".join(parts)
+
+
+def print_description(content: dict[str, Any]) -> None:
+    """The answer of ``optimize inspect``."""
+    out = console()
+    types = ", ".join(f"{size_text(n)} {kind}" for kind, n in content["bytes_by_type"].items())
+    opsets = ", ".join(f"{name or 'ai.onnx'} {v}" for name, v in content["opsets"].items())
+    lines = [
+        f"{content['file']}  {_count(content['parameters'])} parameters  "
+        f"{size_text(content['bytes'])} ({types})",
+        f"made by {content['producer']}, IR version {content['ir_version']}, opsets {opsets}",
+        f"sha256 {content['sha256']}",
+    ]
+    lines += [
+        f"external data {item['file']} ({size_text(item['bytes'])})"
+        for item in content["external_data"]
+    ]
+    if content["provenance"] is not None:
+        recipe = content["provenance"]["recipe"] or {}
+        steps = ", ".join(step["name"] for step in recipe.get("passes", ()))
+        lines.append(f"optimized for {recipe.get('target')} with: {steps or 'clean-up only'}")
+    for kind in ("inputs", "outputs"):
+        lines += [f"{kind[:-1]:6} {_described(item)}" for item in _abridged(content[kind])]
+    operators = ", ".join(f"{n} {name}" for name, n in content["operators"].items())
+    lines.append(f"{content['nodes']} nodes: {operators}")
+    for line in (*lines, *_block_lines(content["blocks"])):
+        out.print(Text(line))
+    for miss in content["misses"]:
+        out.print(Text(f"no block at {miss['site']}: {miss['reason']}"))
+
+
+def _count(number: int) -> str:
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.3g} {unit}"
+    return str(number)
+
+
+def _abridged(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Many cache inputs say nothing new: the first ones, and a count."""
+    if len(items) <= 6:
+        return list(items)
+    return [*items[:5], {"name": f"... and {len(items) - 5} more", "type": "", "shape": None}]
+
+
+def _described(item: dict[str, Any]) -> str:
+    shape = "" if item["shape"] is None else f"[{', '.join(item['shape'])}]"
+    return f"{item['name']} {item['type'] or ''}{shape}".rstrip()
+
+
+def _block_lines(blocks: Sequence[dict[str, Any]]) -> list[str]:
+    """Equal neighbours share a line."""
+    if not blocks:
+        return ["no transformer blocks recognised"]
+    runs: list[tuple[int, int, str]] = []
+    for block in blocks:
+        text = _block_text(block)
+        if runs and runs[-1][2] == text:
+            runs[-1] = (runs[-1][0], block["index"], text)
+        else:
+            runs.append((block["index"], block["index"], text))
+    return [
+        f"block{'s' if first != last else ''} {first}{f'-{last}' if first != last else ''}: {text}"
+        for first, last, text in runs
+    ]
+
+
+def _block_text(block: dict[str, Any]) -> str:
+    heads = f"{block['heads']} heads x {block['head_dim']}"
+    if block["kv_heads"] != block["heads"]:
+        heads += f" ({block['kv_heads']} KV)"
+    traits = [
+        f"{block['style']}, {block['norm']} norm, width {block['hidden']}, {heads}",
+        f"{block['mlp']} {block['activation']} MLP",
+    ]
+    traits += [name for name in ("rotary", "kv_cache", "causal") if block[name]]
+    return ", ".join([*traits, *block["extras"]]).replace("kv_cache", "KV cache")

@@ -1,0 +1,172 @@
+"""The commands beside the default one: passes, bench, check, inspect."""
+
+from __future__ import annotations
+
+import inspect as python_inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from optimizer.errors import EXIT_BUDGET, EXIT_DONE, EXIT_VERIFICATION
+
+_FILE = click.Path(path_type=Path)
+_HELP = {"help_option_names": ["-h", "--help"]}
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+_data = click.option("--eval", "data", metavar="DATA", help="Sample data; see 'optimize --help'.")
+_samples = click.option("--samples", type=int, metavar="N", help="Use the first N samples.")
+_custom_ops = click.option(
+    "--custom-ops", type=_FILE, multiple=True, metavar="LIB", help="Library of custom operators."
+)
+_threads = click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+
+
+@click.command("passes", context_settings=_HELP)
+@click.argument("name", required=False)
+@_json
+def passes_command(name: str | None, as_json: bool) -> int:  # noqa: FBT001
+    """List the passes in the order they belong in, or explain the pass NAME."""
+    from optimizer.cli import screen
+    from passes import all_names, get_pass
+
+    names = (name,) if name else all_names()
+    described = [_describe(get_pass(item)) for item in names]
+    if as_json:
+        screen.print_json(described[0] if name else described)
+    elif name:
+        _print_pass(described[0])
+    else:
+        width = max(len(item["name"]) for item in described)
+        for item in described:
+            data = "sample data" if item["needs_calibration"] else "no data"
+            click.echo(
+                f"{item['name']:{width}}  {item['exactness']:12} {data:12} {item['summary']}"
+            )
+        click.echo("explain one: optimize passes NAME")
+    return EXIT_DONE
+
+
+def _describe(pass_class: Any) -> dict[str, Any]:
+    module = sys.modules[pass_class.__module__]
+    text = python_inspect.getdoc(module) or python_inspect.getdoc(pass_class) or ""
+    options = {}
+    for key, info in pass_class.Options.model_fields.items():
+        options[key] = {"default": info.default, "description": info.description or ""}
+    return {
+        "name": pass_class.name,
+        "summary": text.partition("\n")[0],
+        "text": text,
+        "exactness": pass_class.exactness.value,
+        "needs_calibration": pass_class().needs_calibration(),
+        "after": list(pass_class.after),
+        "options": options,
+        "schema": pass_class.Options.model_json_schema(),
+    }
+
+
+def _print_pass(item: dict[str, Any]) -> None:
+    click.echo(f"{item['name']}  ({item['exactness']})\n\n{item['text']}")
+    if item["after"]:
+        click.echo(f"\nComes after: {', '.join(item['after'])}")
+    if not item["options"]:
+        click.echo("\nNo options.")
+        return
+    click.echo(f"\nOptions (--set {item['name']}.OPTION=VALUE):")
+    for key, info in item["options"].items():
+        click.echo(f"  {key} = {info['default']}")
+        if info["description"]:
+            click.echo(f"      {info['description']}")
+
+
+@click.command("inspect", context_settings=_HELP)
+@click.argument("model", type=_FILE)
+@_custom_ops
+@_json
+def inspect_command(model: Path, custom_ops: tuple[Path, ...], as_json: bool) -> int:  # noqa: FBT001
+    """Show what is in MODEL: inputs, outputs, operators, blocks, sizes, provenance."""
+    from optimizer.cli import screen
+    from optimizer.inspection import describe_model
+
+    content = describe_model(model, custom_ops)
+    if as_json:
+        screen.print_json(content)
+    else:
+        screen.print_description(content)
+    return EXIT_DONE
+
+
+@click.command("check", context_settings=_HELP)
+@click.argument("first", metavar="A.onnx", type=_FILE)
+@click.argument("second", metavar="B.onnx", type=_FILE)
+@click.option(
+    "--budget",
+    metavar="LIMITS",
+    default="relative_l2<=1e-4",
+    show_default=True,
+    help="Largest drift of B from A.",
+)
+@_data
+@_samples
+@_threads
+@_custom_ops
+@_json
+def check_command(first: Path, second: Path, budget: str, as_json: bool, **options: Any) -> int:  # noqa: FBT001
+    """Compare the outputs of A and B on sample data; exit 3 if B drifts further than LIMITS.
+
+    Without --eval, A.evaluation.npz or A.calibration.npz beside A is used, else random inputs.
+    """
+    from optimizer.api import compare
+    from optimizer.budget import Budget
+    from optimizer.cli import screen
+
+    limits = Budget.parse(budget)
+    result = compare(first, second, **options)
+    failures = limits.failures(result.drift)
+    if as_json:
+        screen.print_json(
+            {
+                "drift": result.drift.as_dict(),
+                "samples": result.samples,
+                "data": result.source,
+                "budget": budget,
+                "failures": failures,
+            }
+        )
+    else:
+        click.echo(f"{result.samples} samples from {result.source}")
+        click.echo(f"drift: {screen.drift_text(result.drift)}")
+        click.echo("same within " + budget if not failures else "differs: " + "; ".join(failures))
+    return EXIT_VERIFICATION if failures else EXIT_DONE
+
+
+@click.command("bench", context_settings=_HELP)
+@click.argument("models", metavar="A.onnx [B.onnx ...]", type=_FILE, nargs=-1, required=True)
+@_data
+@_threads
+@click.option("--rounds", type=click.IntRange(3), default=30, show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--sequence", type=click.IntRange(1), help="Tokens per run, where it is dynamic.")
+@click.option("--past", type=click.IntRange(0), help="Cached tokens per run, with a KV cache.")
+@click.option(
+    "--require-speedup", type=float, metavar="X", help="Exit 4 unless the last is X times faster."
+)
+@_custom_ops
+@_json
+def bench_command(models: tuple[Path, ...], as_json: bool, **options: Any) -> int:  # noqa: FBT001
+    """Measure the latency of models on the CPU, interleaved, against that of the first."""
+    from optimizer.api import bench
+    from optimizer.cli import screen
+
+    required = options.pop("require_speedup")
+    result = bench(models, **options)
+    if as_json:
+        screen.print_json(result.as_dict())
+    else:
+        screen.print_bench(result)
+    if required is not None and result.speedup() < required:
+        click.echo(
+            f"optimize: {result.speedup():.3g} times as fast, {required:g} required", err=True
+        )
+        return EXIT_BUDGET
+    return EXIT_DONE

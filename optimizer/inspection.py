@@ -1,0 +1,103 @@
+"""What is in a model, as data: for ``optimize inspect``."""
+
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from optimizer import graph
+from optimizer.blocks import Block, find_blocks
+from optimizer.model_io import external_files, hash_file, load_model
+from optimizer.pass_base import Context
+from passes import get_pass
+
+
+def describe_model(path: Path, custom_ops: Sequence[Path] = ()) -> dict[str, Any]:
+    """Inputs, outputs, operators, sizes and provenance of the file; blocks of its canonical form.
+
+    Raises:
+        ModelError: See ``model_io.load_model``.
+    """
+    model = load_model(path, custom_ops)
+    weights: collections.Counter[str] = collections.Counter()
+    parameters = 0
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:
+            weights[value.const_value.dtype.name.lower()] += value.const_value.nbytes
+            parameters += value.const_value.size
+    operators = collections.Counter(
+        f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+        for node in model.graph.all_nodes()
+    )
+    data = [item for item in external_files(model) if item != path.resolve()]
+    return {
+        "file": str(path),
+        "sha256": hash_file(path),
+        "external_data": [{"file": item.name, "bytes": item.stat().st_size} for item in data],
+        "ir_version": model.ir_version,
+        "opsets": dict(sorted(model.graph.opset_imports.items())),
+        "producer": f"{model.producer_name or 'unknown'} {model.producer_version or ''}".strip(),
+        "inputs": [_value(value) for value in model.graph.inputs],
+        "outputs": [_value(value) for value in model.graph.outputs],
+        "nodes": sum(1 for _ in model.graph),
+        "operators": dict(sorted(operators.items(), key=lambda item: (-item[1], item[0]))),
+        "bytes": graph.size_bytes(model),
+        "parameters": parameters,
+        "bytes_by_type": dict(sorted(weights.items())),
+        "provenance": _provenance(model),
+        **_structure(model),
+    }
+
+
+def _value(value: ir.Value) -> dict[str, Any]:
+    shape = None if value.shape is None else [str(dim) for dim in value.shape]
+    return {
+        "name": value.name,
+        "type": None if value.dtype is None else value.dtype.name.lower(),
+        "shape": shape,
+    }
+
+
+def _provenance(model: ir.Model) -> dict[str, Any] | None:
+    recipe = model.metadata_props.get("optimize.recipe")
+    if recipe is None:
+        return None
+    try:
+        return {"tool": model.producer_version, "recipe": json.loads(recipe)}
+    except json.JSONDecodeError:
+        return {"tool": model.producer_version, "recipe": None}
+
+
+def _structure(model: ir.Model) -> dict[str, Any]:
+    """Blocks of the canonical form; ``model`` is rewritten."""
+    canonicalize = get_pass("canonicalize")()
+    canonicalize.call(model, Context())
+    structure = find_blocks(model)
+    return {
+        "blocks": [_block(block) for block in structure.blocks],
+        "misses": [{"site": site, "reason": reason} for site, reason in structure.misses],
+    }
+
+
+def _block(block: Block) -> dict[str, Any]:
+    attention, mlp = block.attention, block.mlp
+    return {
+        "index": block.index,
+        "style": block.style.value,
+        "norm": block.attention_norm.kind.value,
+        "hidden": block.hidden_size,
+        "heads": attention.heads,
+        "kv_heads": attention.kv_heads,
+        "head_dim": attention.head_dim,
+        "rotary": attention.q_rotary is not None,
+        "kv_cache": attention.past_key is not None,
+        "causal": attention.is_causal,
+        "mlp": "gated" if mlp.gate is not None else "plain",
+        "activation": mlp.activation,
+        "extras": list(block.extras),
+    }
