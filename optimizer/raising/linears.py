@@ -41,8 +41,8 @@ def run(model: ir.Model) -> RuleReport:
             "Conv": _pointwise,
         },
     )
-    biased = sweep(model, {"Add": _bias})
     shapes = Shapes()
+    biased = sweep(model, {"Add": partial(_bias, shapes=shapes)})
     sink: LocalRule = partial(_sink, shapes=shapes)
     sunk = sweep(model, dict.fromkeys(("MatMul", "Add", *_ELEMENTWISE), sink))
     return RuleReport.total([raised, biased, sunk])
@@ -101,12 +101,14 @@ def _transposable(weight: ir.Value) -> bool:
     if tensor.nbytes <= GROWTH_LIMIT or dequantized is not None:
         return True
     return not weight.is_graph_output() and all(
-        use.node.op_type == "Gemm"
-        and use.idx == 1
-        and use.node.attributes.get_int("transB", 0)
-        or use.node.op_type == "Transpose"
-        for use in weight.uses()
+        _reads_transposed(use.node, use.idx) for use in weight.uses()
     )
+
+
+def _reads_transposed(node: ir.Node, index: int) -> bool:
+    if node.op_type == "Gemm":
+        return index == 1 and node.attributes.get_int("transB", 0) == 1
+    return node.op_type == "Transpose"
 
 
 def _transpose(
@@ -198,7 +200,7 @@ def _pointwise(node: ir.Node) -> bool:
     matrix = add_initializer(graph, weight.name or "weight", stored)
     y = insert(graph, node, "MatMul", (x, matrix), name=f"{output.name}/matmul", dtype=x.dtype)
     if len(node.inputs) > 2 and node.inputs[2] is not None:
-        y = insert(graph, node, "Add", (y, node.inputs[2]), name=f"{output.name}/add", dtype=x.dtype)
+        y = insert(graph, node, "Add", (y, node.inputs[2]), name=output.name, dtype=x.dtype)
     for user in after:
         replace_value(user.outputs[0], y)
     return True
@@ -236,21 +238,38 @@ def _sink(node: ir.Node, shapes: Shapes) -> bool:
     return True
 
 
-def _bias(node: ir.Node) -> bool:
-    """A bias [1, .., N] of a linear layer becomes [N]."""
+def _bias(node: ir.Node, shapes: Shapes) -> bool:
+    """A bias [1, .., N] becomes [N], one that is added after splitting N into heads comes first."""
     graph, (y, bias) = node.graph, node.inputs
-    matmul = produced_by(y, "MatMul")
+    split = produced_by(y, "Reshape")
+    product = y if split is None else split.inputs[0]
+    matmul = produced_by(product, "MatMul")
     weight = weight_of(matmul.inputs[1]) if matmul is not None else None
-    tensor = constant(bias)
-    if weight is None or tensor is None or bias is None or not isinstance(graph, ir.Graph):
+    tensor, shape, full = constant(bias), shapes.of(y), shapes.of(product)
+    if weight is None or tensor is None or bias is None or shape is None or product is None:
         return False
-    shape, output = tuple(tensor.shape.numpy()), node.outputs[0].shape
-    columns = int(weight.shape.numpy()[-1])
-    if len(shape) < 2 or tensor.size != columns or shape[-1] != columns:
+    columns, own = int(weight.shape.numpy()[-1]), tuple(tensor.shape.numpy())
+    if full is None or tensor.size != columns or not isinstance(graph, ir.Graph):
         return False
-    if output is None or len(shape) > len(output) or y is None or y.shape is None:
-        return False
-    if len(y.shape) < len(shape):
-        return False  # the bias adds a dimension
-    node.replace_input_with(1, _vector(graph, bias, columns))
+    parts = len(shape) - len(full) + 1  # axes that N was split into
+    padded = (1,) * (len(shape) - len(own)) + own
+    if full[:-1] != shape[:-parts] or padded != (1,) * (len(full) - 1) + shape[-parts:]:
+        return False  # another split, or the bias widens what it is added to
+    output = node.outputs[0]
+    if split is None:
+        if len(own) < 2:
+            return False
+        node.replace_input_with(1, _vector(graph, bias, columns))
+        return True
+    flat = derived(bias, (columns,), lambda array: array.reshape(-1))
+    vector = add_initializer(graph, bias.name or "bias", flat)
+    y = insert(
+        graph, node, "Add", (product, vector), name=f"{output.name}/bias", dtype=output.dtype,
+        shape=product.shape,
+    )  # fmt: skip
+    new = insert(
+        graph, node, "Reshape", (y, split.inputs[1]), dict(split.attributes.items()),
+        name=output.name, dtype=output.dtype, shape=output.shape,
+    )  # fmt: skip
+    replace_value(output, new, keep_name=True)
     return True
