@@ -44,7 +44,7 @@ def numbers(value: ir.Value | None) -> list[int] | None:
     return [int(n) for n in tensor.numpy().reshape(-1)]
 
 
-def _axes(node: ir.Node, index: int) -> list[int] | None:
+def axes_of(node: ir.Node, index: int) -> list[int] | None:
     """Axes of an operator that takes them as an input, or as an attribute before opset 13."""
     if len(node.inputs) > index and node.inputs[index] is not None:
         return numbers(node.inputs[index])
@@ -52,7 +52,7 @@ def _axes(node: ir.Node, index: int) -> list[int] | None:
     return None if axes is None else list(axes)
 
 
-def _slice_bounds(node: ir.Node, rank: int) -> list[tuple[int, slice]] | None:
+def slice_bounds(node: ir.Node, rank: int) -> list[tuple[int, slice]] | None:
     """(axis, slice) pairs of a Slice with constant bounds."""
     if len(node.inputs) < 3:
         return None
@@ -127,7 +127,7 @@ def _transpose(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
 
 
 def _unsqueeze(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
-    source, axes = shapes.of(node.inputs[0]), _axes(node, 1)
+    source, axes = shapes.of(node.inputs[0]), axes_of(node, 1)
     if source is None or axes is None:
         return None
     rank = len(source) + len(axes)
@@ -137,7 +137,7 @@ def _unsqueeze(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
 
 
 def _squeeze(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
-    source, axes = shapes.of(node.inputs[0]), _axes(node, 1)
+    source, axes = shapes.of(node.inputs[0]), axes_of(node, 1)
     if source is None:
         return None
     if axes is None:
@@ -165,7 +165,7 @@ def _slice(shapes: Shapes, node: ir.Node, value: ir.Value) -> Shape | None:
     source = shapes.of(node.inputs[0])
     if source is None:
         return None
-    bounds = _slice_bounds(node, len(source))
+    bounds = slice_bounds(node, len(source))
     if bounds is None:
         axes = numbers(node.inputs[3]) if len(node.inputs) > 3 else None
         touched = range(len(source)) if axes is None else {axis % len(source) for axis in axes}
@@ -252,24 +252,43 @@ def _conv(shapes: Shapes, node: ir.Node, value: ir.Value) -> Shape | None:
     source, weight = shapes.of(node.inputs[0]), shapes.of(node.inputs[1])
     if source is None or weight is None:
         return None
-    rank = len(source) - 2
+    return source[0], weight[0], *_windows(node, value, source[2:], weight[2:])
+
+
+def _pool(shapes: Shapes, node: ir.Node, value: ir.Value) -> Shape | None:
+    source = shapes.of(node.inputs[0])
+    if source is None or node.attributes.get_int("ceil_mode", 0) != 0:
+        return None
+    kernel = node.attributes["kernel_shape"].as_ints()
+    return *source[:2], *_windows(node, value, source[2:], tuple(kernel))
+
+
+def _windows(node: ir.Node, value: ir.Value, sizes: Shape, kernels: Shape) -> list[Dim]:
+    """How many windows a Conv or a pooling places along each spatial axis."""
+    rank = len(sizes)
     strides = node.attributes.get_ints("strides", (1,) * rank)
     dilations = node.attributes.get_ints("dilations", (1,) * rank)
     pads = node.attributes.get_ints("pads", (0,) * (2 * rank))
-    explicit = node.attributes.get_string("auto_pad", "NOTSET") == "NOTSET"
-    sizes: list[Dim] = []
-    for axis in range(rank):
-        size, kernel = source[axis + 2], weight[axis + 2]
-        if explicit and isinstance(size, int) and isinstance(kernel, int):
-            room = size + pads[axis] + pads[axis + rank] - dilations[axis] * (kernel - 1) - 1
-            sizes.append(room // strides[axis] + 1)
+    auto = node.attributes.get_string("auto_pad", "NOTSET")
+    result: list[Dim] = []
+    for axis, (size, kernel) in enumerate(zip(sizes, kernels, strict=True)):
+        if not isinstance(size, int) or not isinstance(kernel, int):
+            result.append(unknown(value, axis + 2))
+        elif auto.startswith("SAME"):
+            result.append(-(-size // strides[axis]))
         else:
-            sizes.append(unknown(value, axis + 2))
-    return source[0], weight[0], *sizes
+            padding = pads[axis] + pads[axis + rank] if auto == "NOTSET" else 0
+            room = size + padding - dilations[axis] * (kernel - 1) - 1
+            result.append(room // strides[axis] + 1)
+    return result
+
+
+def _like_index(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
+    return shapes.of(node.inputs[1])
 
 
 def _reduce(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
-    source, axes = shapes.of(node.inputs[0]), _axes(node, 1)
+    source, axes = shapes.of(node.inputs[0]), axes_of(node, 1)
     if source is None or axes is None:
         return None
     removed = {axis % len(source) for axis in axes}
@@ -281,14 +300,17 @@ def _reduce(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
 Rule = Callable[["Shapes", ir.Node, ir.Value], Shape | None]
 RULES: dict[str, Rule] = {
     "Attention": _attention,
+    "AveragePool": _pool,
     "Concat": _concat,
     "ConstantOfShape": _constant_of_shape,
     "Conv": _conv,
     "Expand": _expand,
     "Gather": _gather,
+    "GatherElements": _like_index,
     "GatherND": _gather_nd,
     "Gemm": _gemm,
     "MatMul": _matmul,
+    "MaxPool": _pool,
     "Range": _range,
     "ReduceMax": _reduce,
     "ReduceMean": _reduce,
@@ -303,77 +325,4 @@ RULES: dict[str, Rule] = {
     "Tile": _tile,
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
-}
-
-
-def _vector_of_shape(shapes: Shapes, node: ir.Node) -> Shape | None:
-    shape = shapes.of(node.inputs[0])
-    start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", None)
-    return None if shape is None else shape[start:end]
-
-
-def _vector_of_concat(shapes: Shapes, node: ir.Node) -> Shape | None:
-    parts = [shapes.vector_within(v) for v in node.inputs]
-    known = [part for part in parts if part is not None]
-    return sum(known, ()) if len(known) == len(parts) else None
-
-
-def _vector_of_gather(shapes: Shapes, node: ir.Node) -> Shape | None:
-    source, index = shapes.vector_within(node.inputs[0]), numbers(node.inputs[1])
-    return None if source is None or index is None else tuple(source[i] for i in index)
-
-
-def _vector_of_slice(shapes: Shapes, node: ir.Node) -> Shape | None:
-    source, bounds = shapes.vector_within(node.inputs[0]), _slice_bounds(node, 1)
-    return None if source is None or bounds is None else source[bounds[0][1]]
-
-
-def _vector_of_sum(shapes: Shapes, node: ir.Node) -> Shape | None:
-    left, right = (shapes.vector_within(v) for v in node.inputs)
-    if left is None or right is None:
-        return None
-    size = max(len(left), len(right))
-    left, right = (s * size if len(s) == 1 else s for s in (left, right))
-    operation = _ARITHMETIC[node.op_type]
-    return tuple(operation(a, b) for a, b in zip(left, right, strict=True))
-
-
-def _vector_of_quotient(shapes: Shapes, node: ir.Node) -> Shape | None:
-    left, right = (shapes.vector_within(v) for v in node.inputs)
-    if left is None or right is None or len(right) != 1:
-        return None
-    quotients = [dims.divide(dim, right[0]) for dim in left]
-    known = [quotient for quotient in quotients if quotient is not None]
-    return tuple(known) if len(known) == len(quotients) else None
-
-
-def _vector_of_product(shapes: Shapes, node: ir.Node) -> Shape | None:
-    source = shapes.vector_within(node.inputs[0])
-    return None if source is None else (dims.product(source),)
-
-
-def _vector_unchanged(shapes: Shapes, node: ir.Node) -> Shape | None:
-    return shapes.vector_within(node.inputs[0])
-
-
-_ARITHMETIC: dict[str, Callable[[Dim, Dim], Dim]] = {
-    "Add": dims.add,
-    "Mul": dims.multiply,
-    "Sub": dims.subtract,
-}
-VECTOR_RULES: dict[str, Callable[[Shapes, ir.Node], Shape | None]] = {
-    "Add": _vector_of_sum,
-    "Cast": _vector_unchanged,
-    "Concat": _vector_of_concat,
-    "Div": _vector_of_quotient,
-    "Gather": _vector_of_gather,
-    "Identity": _vector_unchanged,
-    "Mul": _vector_of_sum,
-    "ReduceProd": _vector_of_product,
-    "Reshape": _vector_unchanged,
-    "Shape": _vector_of_shape,
-    "Slice": _vector_of_slice,
-    "Squeeze": _vector_unchanged,
-    "Sub": _vector_of_sum,
-    "Unsqueeze": _vector_unchanged,
 }

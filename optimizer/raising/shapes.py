@@ -15,10 +15,12 @@ from optimizer import graph as graphs
 from optimizer.raising import dims
 from optimizer.raising import shape_rules as rules
 from optimizer.raising.dims import Dim, Shape
+from optimizer.raising.vector_rules import VECTOR_RULES
 
 _SAME = frozenset(
     {
-        "Abs", "Cast", "Ceil", "Celu", "Clip", "Cos", "DequantizeLinear", "Dropout", "Elu", "Erf",
+        "Abs", "Cast", "Ceil", "Celu", "Clip", "Cos", "CumSum", "DequantizeLinear", "Dropout",
+        "Elu", "Erf",
         "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "IsInf", "IsNaN",
         "LayerNormalization", "LeakyRelu", "Log", "LogSoftmax", "Mish", "Neg", "Not",
         "QuantizeLinear", "RMSNormalization", "Reciprocal", "Relu", "RotaryEmbedding", "Round",
@@ -111,7 +113,7 @@ class Shapes:
         node = value.producer()
         if node is None or node.domain != "" or value.index() != 0:
             return None
-        rule = rules.VECTOR_RULES.get(node.op_type)
+        rule = VECTOR_RULES.get(node.op_type)
         try:
             return None if rule is None else rule(self, node)
         except (IndexError, TypeError, ValueError):

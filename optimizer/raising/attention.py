@@ -1,0 +1,202 @@
+"""Raises attention to one Attention operator in 3-D form, with its KV cache.
+
+Rewrite: ``softmax(scale * q @ k^T + mask) @ v`` on [B, H, S, c] -> Attention(q, k, v, mask);
+         Attention on [B, H, S, c] behind Reshape and Transpose -> on [B, S, H*c];
+         repeated KV heads (Unsqueeze, Expand, Reshape) -> ``kv_num_heads``;
+         ``Concat(past, new)`` of keys and values -> past and present of the operator.
+Applies when: head counts and sizes are fixed and batch and sequence provably stay what they are
+         through every Reshape; the probabilities are not used elsewhere; the mask does not depend
+         on the concatenated cache; a cache is never combined with ``is_causal``, which would count
+         from the first key instead of the last.
+Exactness: reassociated; rows without any allowed key may differ (see ``masks``), they belong to
+         padding that no valid token reads.
+Source:  Vaswani et al., Attention Is All You Need (2017), equation 1; Ainslie et al., GQA (2023);
+         ONNX Attention-23.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from optimizer import graph as graphs
+from optimizer.nodes import operand, optional, users
+from optimizer.raising import heads as layout
+from optimizer.raising import scores as spelled
+from optimizer.raising.base import Miss, RuleReport, site
+from optimizer.raising.cache import Cache, find_cache, without_repeats
+from optimizer.raising.heads import Heads
+from optimizer.raising.masks import Masks
+from optimizer.raising.shapes import Shapes
+
+
+def run(model: ir.Model) -> RuleReport:
+    """Raise every attention of the main graph."""
+    state = _State(model.graph)
+    for node in list(model.graph):
+        if node.domain == "" and node.op_type == "Softmax":
+            state.note(node, _raise_decomposed(state, node))
+    if state.applied:
+        graphs.remove_dead(model)
+    for node in list(model.graph):
+        if node.graph is not None and node.domain == "" and node.op_type == "Attention":
+            state.note(node, _to_canonical(state, node))
+    if state.applied:
+        graphs.remove_dead(model)
+        model.graph.sort()
+    return RuleReport(state.applied, tuple(state.skipped))
+
+
+@dataclass
+class _State:
+    graph: ir.Graph
+    applied: int = 0
+    skipped: list[Miss] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.shapes = Shapes()
+        self.masks = Masks(self.graph, self.shapes)
+
+    def note(self, node: ir.Node, outcome: int | str) -> None:
+        if isinstance(outcome, str):
+            self.skipped.append(Miss(site(node), outcome))
+        else:
+            self.applied += outcome
+
+
+def _raise_decomposed(state: _State, softmax: ir.Node) -> int | str:
+    """MatMul, Softmax, MatMul -> Attention on [B, H, S, c]."""
+    found = spelled.read(state.shapes, softmax)
+    if found is None:
+        return 0
+    if isinstance(found, str):
+        return found
+    weighted = spelled.weighted_values(softmax)
+    if isinstance(weighted, str):
+        return weighted
+    product, values = weighted
+    mask = state.masks.combine(found.parts, softmax)
+    if isinstance(mask, str):
+        return mask
+    keys = found.keys
+    if found.order != (0, 1, 2, 3):
+        keys = graphs.insert(state.graph, product, "Transpose", [keys], {"perm": found.order})
+    inputs = [found.query, keys, values, *([] if mask is None else [mask])]
+    attributes = {"scale": found.scale, "softcap": found.softcap, "is_causal": 0}
+    output = product.outputs[0]
+    raised = graphs.insert(
+        state.graph, product, "Attention", inputs, attributes, dtype=output.dtype
+    )
+    graphs.replace_value(output, raised, keep_name=True)
+    return 1
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A 4-D Attention with everything its 3-D form needs."""
+
+    node: ir.Node
+    query: Heads
+    keys: Heads
+    values: Heads
+    cache: Cache | None
+
+
+def _to_canonical(state: _State, node: ir.Node) -> int | str:
+    shape = state.shapes.of(operand(node))
+    if shape is None:
+        return "the rank of the queries is not known"
+    if len(shape) != 4:
+        return 0
+    found = _site(state, node)
+    if isinstance(found, str):
+        return found
+    _rewrite(state, found)
+    return 1
+
+
+def _site(state: _State, node: ir.Node) -> _Site | str:
+    if any(output.uses() for output in node.outputs[1:]):
+        return "the Attention has outputs besides its result that are used"
+    if optional(node, 4) is not None or optional(node, 6) is not None:
+        return "a 4-D Attention with its own cache"
+    query = layout.find(state.shapes, operand(node))
+    if isinstance(query, str):
+        return f"the queries: {query}"
+    keys = without_repeats(state.shapes, operand(node, 1))
+    values = without_repeats(state.shapes, operand(node, 2))
+    if keys.count != values.count:
+        return f"keys are repeated {keys.count} times, values {values.count} times"
+    if keys.count > 1 and keys.heads * keys.count != query.count:
+        return f"{keys.heads} key heads repeated {keys.count} times for {query.count} query heads"
+    cache = find_cache(state.shapes, node, keys.value, values.value)
+    if isinstance(cache, str):
+        return cache
+    if cache is None:
+        return _with_sides(state, node, query, (keys.value, values.value), None)
+    return _with_sides(state, node, query, (cache.new_key, cache.new_value), cache)
+
+
+def _with_sides(
+    state: _State,
+    node: ir.Node,
+    query: Heads,
+    new: tuple[ir.Value, ir.Value],
+    cache: Cache | None,
+) -> _Site | str:
+    """The site with the keys and values of this step, or why they have no 3-D form."""
+    key, value = (layout.find(state.shapes, side) for side in new)
+    if isinstance(key, str):
+        return f"the keys: {key}"
+    if isinstance(value, str):
+        return f"the values: {value}"
+    if key.count != value.count or query.count % key.count:
+        return f"{query.count} query, {key.count} key and {value.count} value heads"
+    return _Site(node, query, key, value, cache)
+
+
+def _rewrite(state: _State, found: _Site) -> None:
+    node, graph = found.node, state.graph
+    sides = (found.query, found.keys, found.values)
+    query, keys, values = (layout.join(graph, node, side) for side in sides)
+    mask = optional(node, 3)
+    if mask is not None:
+        rows = (state.shapes.of(operand(node)) or ())[2]
+        mask = state.masks.fitted(mask, query, rows, node)
+    inputs: list[ir.Value | None] = [query, keys, values, mask]
+    if found.cache is not None:
+        inputs += [found.cache.past_key, found.cache.past_value]
+    elif mask is None:
+        inputs.pop()
+    attributes = dict(node.attributes)
+    attributes.pop("qk_matmul_output_mode", None)
+    attributes |= {
+        "q_num_heads": ir.AttrInt64("q_num_heads", found.query.count),
+        "kv_num_heads": ir.AttrInt64("kv_num_heads", found.keys.count),
+    }
+    if "scale" not in attributes:
+        attributes["scale"] = ir.AttrFloat32("scale", float(found.query.size) ** -0.5)
+    old = node.outputs[0]
+    count = 1 if found.cache is None else 3
+    made = graphs.insert(
+        graph, node, "Attention", inputs, attributes, name=f"{old.name}_joined", outputs=count
+    )
+    outputs = made if isinstance(made, tuple) else (made,)
+    for output in outputs:
+        output.type = old.type
+    _split_result(state, node, old, outputs[0], found)
+    if found.cache is not None:
+        graphs.replace_value(found.cache.all_keys, outputs[1])
+        graphs.replace_value(found.cache.all_values, outputs[2])
+
+
+def _split_result(state: _State, node: ir.Node, old: ir.Value, new: ir.Value, found: _Site) -> None:
+    """Let the users of [B, H, S, c] read [B, S, H*c]; a Transpose back is not even built."""
+    split = layout.split(state.graph, node, new, found.query.count, found.values.size)
+    rows = layout.swapped(split)
+    for user in list(users(old, "Transpose")):
+        if rows is not None and layout.swapped(user.outputs[0]) is old:
+            graphs.replace_value(user.outputs[0], rows, keep_name=True)
+    if old.uses() or old.is_graph_output():
+        graphs.replace_value(old, split, keep_name=True)

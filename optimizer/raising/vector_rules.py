@@ -1,0 +1,88 @@
+"""How the numbers in small integer tensors follow from the inputs of a node (see ``shapes``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from optimizer.raising import dims
+from optimizer.raising.dims import Dim, Shape
+from optimizer.raising.shape_rules import numbers, slice_bounds
+
+if TYPE_CHECKING:
+    from optimizer.raising.shapes import Shapes
+
+
+def _vector_of_shape(shapes: Shapes, node: ir.Node) -> Shape | None:
+    shape = shapes.of(node.inputs[0])
+    start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", None)
+    return None if shape is None else shape[start:end]
+
+
+def _vector_of_concat(shapes: Shapes, node: ir.Node) -> Shape | None:
+    parts = [shapes.vector_within(v) for v in node.inputs]
+    known = [part for part in parts if part is not None]
+    return sum(known, ()) if len(known) == len(parts) else None
+
+
+def _vector_of_gather(shapes: Shapes, node: ir.Node) -> Shape | None:
+    source, index = shapes.vector_within(node.inputs[0]), numbers(node.inputs[1])
+    return None if source is None or index is None else tuple(source[i] for i in index)
+
+
+def _vector_of_slice(shapes: Shapes, node: ir.Node) -> Shape | None:
+    source, bounds = shapes.vector_within(node.inputs[0]), slice_bounds(node, 1)
+    return None if source is None or bounds is None else source[bounds[0][1]]
+
+
+def _vector_of_sum(shapes: Shapes, node: ir.Node) -> Shape | None:
+    left, right = (shapes.vector_within(v) for v in node.inputs)
+    if left is None or right is None:
+        return None
+    size = max(len(left), len(right))
+    left, right = (s * size if len(s) == 1 else s for s in (left, right))
+    operation = _ARITHMETIC[node.op_type]
+    return tuple(operation(a, b) for a, b in zip(left, right, strict=True))
+
+
+def _vector_of_quotient(shapes: Shapes, node: ir.Node) -> Shape | None:
+    left, right = (shapes.vector_within(v) for v in node.inputs)
+    if left is None or right is None or len(right) != 1:
+        return None
+    quotients = [dims.divide(dim, right[0]) for dim in left]
+    known = [quotient for quotient in quotients if quotient is not None]
+    return tuple(known) if len(known) == len(quotients) else None
+
+
+def _vector_of_product(shapes: Shapes, node: ir.Node) -> Shape | None:
+    source = shapes.vector_within(node.inputs[0])
+    return None if source is None else (dims.product(source),)
+
+
+def _vector_unchanged(shapes: Shapes, node: ir.Node) -> Shape | None:
+    return shapes.vector_within(node.inputs[0])
+
+
+_ARITHMETIC: dict[str, Callable[[Dim, Dim], Dim]] = {
+    "Add": dims.add,
+    "Mul": dims.multiply,
+    "Sub": dims.subtract,
+}
+VECTOR_RULES: dict[str, Callable[[Shapes, ir.Node], Shape | None]] = {
+    "Add": _vector_of_sum,
+    "Cast": _vector_unchanged,
+    "Concat": _vector_of_concat,
+    "Div": _vector_of_quotient,
+    "Gather": _vector_of_gather,
+    "Identity": _vector_unchanged,
+    "Mul": _vector_of_sum,
+    "ReduceProd": _vector_of_product,
+    "Reshape": _vector_unchanged,
+    "Shape": _vector_of_shape,
+    "Slice": _vector_of_slice,
+    "Squeeze": _vector_unchanged,
+    "Sub": _vector_of_sum,
+    "Unsqueeze": _vector_unchanged,
+}
