@@ -20,6 +20,9 @@ from typing import Any
 
 import numpy as np
 
+CACHE = Path(__file__).resolve().parent.parent / ".pytest_cache" / "zoo"
+"""Kept between test runs; an export takes some seconds, the file a few hundred kilobytes."""
+
 VOCAB = 99
 _END = 98
 _TOKENS = {"vocab_size": VOCAB, "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": _END}
@@ -237,16 +240,20 @@ def torch_outputs(
     return found
 
 
-def export(entry: Entry, opset: int, kv_cache: bool, cache_dir: Path) -> Path:
+def export(entry: Entry, opset: int, kv_cache: bool, cache_dir: Path = CACHE) -> Path:
     """The ONNX export of an entry, made by the project's own frontend unless it is already there.
 
-    The file name holds a hash of the entry, the library versions and the frontend's sources.
+    The file name holds a hash of the entry, the library versions, the frontend's sources and this
+    file; exports with another hash are removed.
     """
     from optimizer.frontends import hugging_face, onnx_export
 
-    path = cache_dir / f"{Cell(entry, opset, kv_cache).id}-{_key(entry)}.onnx"
+    cell = Cell(entry, opset, kv_cache).id
+    path = cache_dir / f"{cell}-{_key(entry)}.onnx"
     if path.is_file():
         return path
+    for stale in cache_dir.glob(f"{cell}-{'[0-9a-f]' * 16}.onnx"):
+        stale.unlink(missing_ok=True)
     model = make_model(entry)
     plan = hugging_face.detect(_with_architecture(model))
     exported = hugging_face.export_loaded(model, plan, kv_cache=kv_cache, opset=opset)

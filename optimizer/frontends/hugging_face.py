@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+import socket
+import urllib.parse
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -226,24 +229,36 @@ def _folder(source: str) -> Path | None:
     return None
 
 
-@contextlib.contextmanager
-def _patience() -> Iterator[None]:
-    """Short waits for an unreachable hub, unless the user set them."""
-    defaults = {"HF_HUB_ETAG_TIMEOUT": "5", "HF_HUB_DOWNLOAD_TIMEOUT": "10"}
-    missing = {key: value for key, value in defaults.items() if key not in os.environ}
-    os.environ.update(missing)
+@functools.cache
+def _offline() -> str:
+    """Why the hub cannot be asked, or an empty text where it can.
+
+    One short attempt: without it every file asked for is retried for half a minute.
+    """
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return "HF_HUB_OFFLINE is set"
+    address = urllib.parse.urlsplit(endpoint)
+    if urllib.request.getproxies().get(address.scheme) or not address.hostname:
+        return ""  # the proxy resolves names, or the endpoint is for the hub's client to judge
+    port = address.port or (443 if address.scheme == "https" else 80)
     try:
-        yield
-    finally:
-        for key in missing:
-            os.environ.pop(key, None)
+        socket.create_connection((address.hostname, port), timeout=5).close()
+    except OSError as error:
+        return f"{address.hostname} cannot be reached ({error})"
+    return ""
 
 
 def _not_on_hub(source: str, error: BaseException) -> ModelError:
+    offline = _offline()
+    found = (
+        f"it is not in the local cache, and {offline}"
+        if offline
+        else f"the Hugging Face hub gave no such model ({one_line(error)})"
+    )
     return ModelError(
-        f"hf:{source}: no folder of that name, and the Hugging Face hub gave no such model "
-        f"({one_line(error)}); check the id, the network and HF_TOKEN, "
-        "or pass a folder that holds the model"
+        f"hf:{source}: no folder of that name, and {found}; check the id, the network and "
+        "HF_TOKEN, or pass a folder that holds the model"
     )
 
 
@@ -265,14 +280,12 @@ def _load_config(source: str, folder: Path | None) -> Any:
         if "auto_map" in raw:
             _LOG.debug("the model brings code of its own, which is not run")
     try:
-        with quiet(), _patience():
+        with quiet():
             return AutoConfig.from_pretrained(
-                str(folder or source), local_files_only=folder is not None
+                str(folder or source), local_files_only=folder is not None or bool(_offline())
             )
     except Exception as error:
-        if folder is None and not isinstance(error, (KeyError, ValueError)):
-            raise _not_on_hub(source, error) from error
-        if folder is None and "model type" not in str(error):
+        if folder is None and isinstance(error, OSError):
             raise _not_on_hub(source, error) from error
         name = raw.get("model_type", "?") if folder is not None else "?"
         raise ModelError(
@@ -299,11 +312,11 @@ def _load_model(source: str, folder: Path | None, plan: Plan) -> Any:
             "install the version that the model was saved with"
         )
     try:
-        with quiet(), _patience():
+        with quiet():
             model, info = loader.from_pretrained(
                 str(folder or source),
                 dtype=torch.float32,
-                local_files_only=folder is not None,
+                local_files_only=folder is not None or bool(_offline()),
                 output_loading_info=True,
             )
     except ValueError as error:

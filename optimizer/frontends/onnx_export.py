@@ -88,7 +88,10 @@ def check_opset(opset: int) -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Send everything torch and transformers say to this module's DEBUG log."""
-    names = ["torch.onnx", "torch.export", "torch._dynamo", "transformers", "onnxscript"]
+    names = [
+        *("torch.onnx", "torch.export", "torch._dynamo"),
+        *("transformers", "huggingface_hub", "httpx", "onnxscript"),
+    ]
     levels = {name: logging.getLogger(name).level for name in names}
     said = io.StringIO()
     with warnings.catch_warnings():
