@@ -1,0 +1,92 @@
+"""Lowers a canonical model to the form that a target runs, and runs fastest.
+
+Exact rewrites only: what they compute is what the canonical graph computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from optimizer.errors import OptionError, UnsupportedError
+from optimizer.legalize import kv_in_place, opset_rules, ort_cpu
+from optimizer.pass_base import Report, Skip
+from optimizer.targets import Quantization, Target, get_target
+
+__all__ = ["LegalizeReport", "legalize"]
+
+KV_CACHE_FORMS = ("append", "in-place")
+
+
+@dataclass(frozen=True)
+class LegalizeReport(Report):
+    """What lowering did.
+
+    ``details`` holds the number of rewrites of each kind, the target and the opset.
+    """
+
+
+def legalize(
+    model: ir.Model, target: str, *, kv_cache: str = "append", opset: int | None = None
+) -> LegalizeReport:
+    """Lower ``model`` in place.
+
+    Args:
+        model: Canonical (``optimizer/DESIGN.md``).
+        target: A name of ``optimizer.targets``.
+        kv_cache: "append": past in, longer present out. "in-place": the present of a step is
+            written into the buffer of the past (``optimizer.legalize.kv_in_place``).
+        opset: Of the result; None = the canonical one where the target takes it, else the target's.
+
+    Raises:
+        OptionError: Unknown target or form of the KV cache, or an opset the target does not take.
+        UnsupportedError: This model cannot be brought into the form asked for; says why.
+    """
+    chosen = get_target(target)
+    if kv_cache not in KV_CACHE_FORMS:
+        msg = f"--kv-cache: found '{kv_cache}', expected one of {', '.join(KV_CACHE_FORMS)}"
+        raise OptionError(msg)
+    if kv_cache not in chosen.kv_cache:
+        msg = (
+            f"--kv-cache {kv_cache} does not exist for target '{target}' (it has: "
+            f"{', '.join(chosen.kv_cache)}); choose --target ort-cpu or --kv-cache append"
+        )
+        raise UnsupportedError(msg)
+    wanted = _opset(model, chosen, opset)
+    counts: dict[str, int] = {}
+    skipped: list[Skip] = []
+    if kv_cache == "in-place":
+        counts["kv cache in place"] = kv_in_place.lower(model)
+    if chosen.quantization is Quantization.U8S8_CONTRIB:
+        lowered = ort_cpu.lower(model)
+        counts.update(lowered.counts)
+        skipped.extend(lowered.skipped)
+    elif chosen.full_attention_mask:
+        counts["attention mask"] = ort_cpu.widen_masks(model)
+    counts["opset"] = opset_rules.lower(model, wanted)
+    counts = {kind: count for kind, count in counts.items() if count}
+    applied = sum(counts.values())
+    return LegalizeReport(
+        modified=applied > 0,
+        applied=applied,
+        skipped=tuple(skipped),
+        details={"target": target, "opset": wanted, "rewrites": counts},
+    )
+
+
+def _opset(model: ir.Model, target: Target, opset: int | None) -> int:
+    """The opset to write."""
+    own = model.graph.opset_imports.get("", target.opset)
+    if opset is None:
+        return own if target.min_opset <= own <= target.max_opset else target.opset
+    if not target.min_opset <= opset <= target.max_opset:
+        msg = (
+            f"--opset: found {opset}, target '{target.name}' takes "
+            f"{target.min_opset} to {target.max_opset}"
+        )
+        raise OptionError(msg)
+    if opset > own:
+        msg = f"--opset: found {opset}, but the model has opset {own} and is only ever lowered"
+        raise OptionError(msg)
+    return opset

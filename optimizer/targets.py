@@ -1,0 +1,145 @@
+"""What each target runs, and which spelling it runs fastest: one capability table.
+
+A target names a runtime on a kind of device. ``legalize`` reads the table; passes ask it for
+decisions that depend on where the result will run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import enum
+from dataclasses import dataclass
+
+from optimizer.errors import OptionError
+
+
+class Quantization(enum.Enum):
+    """How an int8 matrix product is spelled for a target.
+
+    U8S8_CONTRIB: uint8 activations with zero point 128, int8 weights, and
+        ``com.microsoft.MatMulIntegerToFloat``.
+    S8_QDQ: symmetric int8 QuantizeLinear / DequantizeLinear pairs around MatMul, as canonical.
+    """
+
+    U8S8_CONTRIB = "u8s8-contrib"
+    S8_QDQ = "s8-qdq"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Capabilities of one target.
+
+    Attributes:
+        name: As the user types it.
+        runtime: "onnxruntime", "tensorrt" or "tensorrt-rtx".
+        device: "cpu" or "cuda".
+        opset: Default opset of the output.
+        min_opset, max_opset: Range that the runtime's parser or kernels accept.
+        kv_cache: Forms of the KV cache that can be written, the default first.
+        quantization: The spelling of int8 products.
+        contrib_ops: Whether operators of the domain ``com.microsoft`` may be emitted.
+        attention: Whether the standard Attention operator (opset 23) runs.
+        rotary: Whether the standard RotaryEmbedding operator (opset 23) runs.
+        full_attention_mask: Whether an attention mask must have its query dimension written out.
+        notes: What a user should know about this target.
+    """
+
+    name: str
+    runtime: str
+    device: str
+    opset: int
+    min_opset: int
+    max_opset: int
+    kv_cache: tuple[str, ...] = ("append",)
+    quantization: Quantization = Quantization.S8_QDQ
+    contrib_ops: bool = False
+    attention: bool = True
+    rotary: bool = True
+    full_attention_mask: bool = False
+    notes: str = ""
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target(
+            name="ort-cpu",
+            runtime="onnxruntime",
+            device="cpu",
+            opset=23,
+            min_opset=18,
+            max_opset=24,
+            kv_cache=("append", "in-place"),
+            quantization=Quantization.U8S8_CONTRIB,
+            contrib_ops=True,
+            full_attention_mask=True,
+            notes="ONNX Runtime 1.30 or later on x86-64 or Arm CPUs",
+        ),
+        Target(
+            name="ort-cuda",
+            runtime="onnxruntime",
+            device="cuda",
+            opset=23,
+            min_opset=18,
+            max_opset=24,
+            full_attention_mask=True,
+            notes="standard operators; int8 stays as symmetric QuantizeLinear/DequantizeLinear",
+        ),
+        Target(
+            name="tensorrt-rtx",
+            runtime="tensorrt-rtx",
+            device="cuda",
+            opset=23,
+            min_opset=18,
+            max_opset=23,
+            notes="engines are built ahead of time, also without a GPU; zero points must be zero",
+        ),
+        Target(
+            name="tensorrt-10",
+            runtime="tensorrt",
+            device="cuda",
+            opset=20,
+            min_opset=18,
+            max_opset=20,
+            attention=False,
+            rotary=False,
+            notes="TensorRT 10.3 and later 10.x: attention is written as MatMul and Softmax",
+        ),
+        Target(
+            name="tensorrt-11",
+            runtime="tensorrt",
+            device="cuda",
+            opset=23,
+            min_opset=18,
+            max_opset=24,
+            notes="TensorRT 11: strongly typed networks only",
+        ),
+        Target(
+            name="jetson",
+            runtime="tensorrt",
+            device="cuda",
+            opset=20,
+            min_opset=18,
+            max_opset=20,
+            attention=False,
+            rotary=False,
+            notes="TensorRT 10.3 of JetPack 6; the engine is built on the device",
+        ),
+    )
+}
+
+DEFAULT_TARGET = "ort-cpu"
+
+
+def get_target(name: str) -> Target:
+    """The target called ``name``.
+
+    Raises:
+        OptionError: There is none.
+    """
+    if name in TARGETS:
+        return TARGETS[name]
+    close = difflib.get_close_matches(name, TARGETS, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else f"known targets: {', '.join(TARGETS)}"
+    msg = f"--target: there is no target '{name}'; {hint}"
+    raise OptionError(msg)
