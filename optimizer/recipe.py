@@ -107,7 +107,7 @@ class Recipe:
             "version": VERSION,
             **self.settings.model_dump(),
             "passes": [
-                {"name": step.spec, **step.options.model_dump(mode="json")} for step in self.steps
+                {"pass": step.spec, **step.options.model_dump(mode="json")} for step in self.steps
             ],
         }
 
@@ -141,9 +141,25 @@ def make_recipe(
         checked = Settings(**settings)
     except ValidationError as error:
         raise OptionError(_explain(error, "", list(Settings.model_fields))) from error
-    get_target(checked.target)
+    _check_target(checked)
     Budget.parse(checked.budget)
     return Recipe(steps, checked)
+
+
+def _check_target(settings: Settings) -> None:
+    target = get_target(settings.target)
+    if settings.kv_cache not in target.kv_cache:
+        msg = (
+            f"--kv-cache: found '{settings.kv_cache}', target '{target.name}' takes "
+            f"{' or '.join(target.kv_cache)}"
+        )
+        raise OptionError(msg)
+    if settings.opset is not None and not target.min_opset <= settings.opset <= target.max_opset:
+        msg = (
+            f"--opset: found {settings.opset}, target '{target.name}' takes {target.min_opset} to "
+            f"{target.max_opset}"
+        )
+        raise OptionError(msg)
 
 
 def split_passes(text: str) -> list[str]:
@@ -310,11 +326,11 @@ def load_recipe(path: Path, *, overrides: Iterable[str] = (), **settings: Any) -
         raise RecipeError(msg)
     steps = data.pop("passes", [])
     if not isinstance(steps, list) or not all(
-        isinstance(item, dict) and isinstance(item.get("name"), str) for item in steps
+        isinstance(item, dict) and isinstance(item.get("pass"), str) for item in steps
     ):
-        msg = f"--recipe: {path}: 'passes' must be [[passes]] tables, each with a name"
+        msg = f"--recipe: {path}: 'passes' must be [[passes]] tables, each with a 'pass'"
         raise RecipeError(msg)
-    pairs = [(item["name"], {k: v for k, v in item.items() if k != "name"}) for item in steps]
+    pairs = [(item["pass"], {k: v for k, v in item.items() if k != "pass"}) for item in steps]
     for key in ("calibration", "evaluation"):
         if key in settings:  # new data: the digest of the old does not hold for it
             data.pop(f"{key}_sha256", None)

@@ -183,7 +183,7 @@ def print_description(content: dict[str, Any]) -> None:
     ]
     if content["provenance"] is not None:
         recipe = content["provenance"]["recipe"] or {}
-        steps = ", ".join(step["name"] for step in recipe.get("passes", ()))
+        steps = ", ".join(step["pass"] for step in recipe.get("passes", ()))
         lines.append(f"optimized for {recipe.get('target')} with: {steps or 'clean-up only'}")
     for kind in ("inputs", "outputs"):
         lines += [f"{kind[:-1]:6} {_described(item)}" for item in _abridged(content[kind])]
