@@ -8,6 +8,7 @@ as references to tensors that stay where they are.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import onnx
 import onnx_ir as ir
@@ -20,10 +21,26 @@ MEMORY_LOCATION = "memory"
 INLINE_BYTES = 1024
 
 
+@dataclass(frozen=True)
+class Part:
+    """Some nodes of a main graph, to be run by themselves.
+
+    Attributes:
+        nodes: Sorted.
+        inputs: What they read from outside, as (name, element type, number of axes).
+        outputs: Names of the values to return.
+    """
+
+    nodes: Sequence[ir.Node]
+    inputs: Sequence[tuple[str, ir.DataType, int]]
+    outputs: Sequence[str]
+
+
 def skeleton(
     model: ir.Model,
     *,
     outputs: Sequence[ir.Value] | None = None,
+    part: Part | None = None,
     keep: Collection[ir.DataType] = (),
     inline_bytes: int = INLINE_BYTES,
 ) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]:
@@ -35,6 +52,7 @@ def skeleton(
     Args:
         model: Not changed.
         outputs: Graph outputs to write instead of the model's own; any value of the main graph.
+        part: Write only these nodes, and what they read.
         keep: Element types that stay inline whatever their size.
         inline_bytes: Larger initializers are left out.
 
@@ -47,25 +65,22 @@ def skeleton(
         proto.opset_import.add(domain=domain, version=model.opset_imports[domain])
     graph = model.graph
     proto.graph.name = graph.name or "main_graph"
-    for value in graph.inputs:
-        ir.serde.serialize_value_into(proto.graph.input.add(), value)
-    own = {id(value) for value in graph.outputs}
-    for value in graph.outputs if outputs is None else outputs:
-        if id(value) in own:
-            ir.serde.serialize_value_into(proto.graph.output.add(), value)
-        else:
-            proto.graph.output.add(name=value.name)
+    if part is None:
+        _write_interface(proto.graph, graph, graph.outputs if outputs is None else outputs)
+    else:
+        _write_part(proto.graph, part)
+    read = None if part is None else names_read(part.nodes)
     large: dict[str, ir.TensorProtocol] = {}
     for name, value in graph.initializers.items():
         tensor = value.const_value
-        if tensor is None:
+        if tensor is None or (read is not None and name not in read):
             continue
         if tensor.nbytes <= inline_bytes or tensor.dtype in keep:
             _write_inline(proto.graph.initializer.add(), name, tensor)
         else:
             _write_reference(proto.graph.initializer.add(), name, tensor)
             large[name] = tensor
-    for node in graph:
+    for node in graph if part is None else part.nodes:
         ir.serde.serialize_node_into(
             proto.graph.node.add(), from_=node, model_ir_version=model.ir_version
         )
@@ -74,6 +89,46 @@ def skeleton(
             proto.functions.add(), from_=function, model_ir_version=model.ir_version
         )
     return proto, large
+
+
+def _write_interface(proto: onnx.GraphProto, graph: ir.Graph, outputs: Sequence[ir.Value]) -> None:
+    own = {id(value) for value in graph.outputs}
+    for value in graph.inputs:
+        ir.serde.serialize_value_into(proto.input.add(), value)
+    for value in outputs:
+        if id(value) in own:
+            ir.serde.serialize_value_into(proto.output.add(), value)
+        else:
+            proto.output.add(name=value.name)
+
+
+def _write_part(proto: onnx.GraphProto, part: Part) -> None:
+    for name, dtype, rank in part.inputs:
+        tensor_type = proto.input.add(name=name).type.tensor_type
+        tensor_type.elem_type = dtype.value
+        tensor_type.shape.SetInParent()
+        for axis in range(rank):
+            tensor_type.shape.dim.add(dim_param=f"{name}.{axis}")
+    for name in part.outputs:
+        proto.output.add(name=name)
+
+
+def names_read(nodes: Sequence[ir.Node]) -> set[str]:
+    """Names that nodes read, in subgraphs too."""
+    names: set[str] = set()
+    for node in nodes:
+        names.update(str(v.name) for v in node.inputs if v is not None)
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                graphs = [attribute.as_graph()]
+            elif attribute.type == ir.AttributeType.GRAPHS:
+                graphs = list(attribute.as_graphs())
+            else:
+                continue
+            for graph in graphs:
+                names.update(str(v.name) for v in graph.outputs)
+                names |= names_read(list(graph))
+    return names
 
 
 def _write_inline(proto: onnx.TensorProto, name: str, tensor: ir.TensorProtocol) -> None:

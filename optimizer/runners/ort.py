@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optimizer.errors import MissingDependencyError, ModelError, OptimizerError, UnsupportedError
-from optimizer.proto import skeleton
+from optimizer.proto import Part, skeleton
 from optimizer.runners.base import Feed
 from optimizer.samples import InputSpec, check_feed
 
@@ -66,6 +66,7 @@ class OrtRunner:
         *,
         threads: int = 1,
         extra_outputs: Sequence[ir.Value] = (),
+        part: Part | None = None,
         optimize: bool = True,
         custom_ops: Sequence[str | Path] = (),
     ) -> None:
@@ -75,6 +76,7 @@ class OrtRunner:
             model: A graph, or the path of an ONNX file.
             threads: Threads within an operator; 0 leaves the choice to ONNX Runtime.
             extra_outputs: Values of the main graph to return besides the model's outputs.
+            part: Run only this part of the model.
             optimize: Let ONNX Runtime optimize the graph.
             custom_ops: Libraries of custom operators to register.
 
@@ -88,7 +90,7 @@ class OrtRunner:
         self._weights: list[Any] = []
         options = session_options(threads=threads, optimize=optimize, custom_ops=custom_ops)
         if isinstance(model, ir.Model):
-            source: str | bytes = self._serialize(model, options, extra_outputs)
+            source: str | bytes = self._serialize(model, options, extra_outputs, part)
         else:
             source = str(model)
         where = f"model '{model}'" if isinstance(source, str) else "model"
@@ -102,7 +104,13 @@ class OrtRunner:
         self._outputs = tuple(value.name for value in self._session.get_outputs())
         self._where = where
 
-    def _serialize(self, model: ir.Model, options: Any, extra_outputs: Sequence[ir.Value]) -> bytes:
+    def _serialize(
+        self,
+        model: ir.Model,
+        options: Any,
+        extra_outputs: Sequence[ir.Value],
+        part: Part | None,
+    ) -> bytes:
         outputs = list(model.graph.outputs)
         named = {value.name for value in outputs}
         passed = []
@@ -116,7 +124,7 @@ class OrtRunner:
             else:
                 outputs.append(value)
         self._passed = tuple(passed)
-        proto, large = skeleton(model, outputs=outputs, keep=_INLINE)
+        proto, large = skeleton(model, outputs=outputs, part=part, keep=_INLINE)
         if large:
             # The session reads this memory as long as it lives, but does not own it.
             self._weights = [_ort_value(t) for t in large.values()]

@@ -17,6 +17,7 @@ import onnx_ir.passes.common as common_passes
 from onnx.reference.ops._op_list import load_op
 
 from optimizer.errors import ModelError, UnsupportedError
+from optimizer.proto import names_read
 from optimizer.runners.base import Feed
 from optimizer.runners.numpy_ops import Array, find_operator
 
@@ -126,7 +127,7 @@ class ReferenceRunner:
         nodes = list(model.graph)
         last: dict[str, int] = {}
         for index, node in enumerate(nodes):
-            last.update(dict.fromkeys((*_read(node), *_written(node)), index))
+            last.update(dict.fromkeys((*names_read([node]), *_written(node)), index))
         free: dict[int, list[str]] = {}
         for name, index in last.items():
             if name and name not in self._outputs:
@@ -197,22 +198,6 @@ def _reference_operator(
 
 def _written(node: ir.Node) -> tuple[str, ...]:
     return tuple(str(v.name) if v.name else "" for v in node.outputs)
-
-
-def _read(node: ir.Node) -> list[str]:
-    """Names a node reads, those of the outer graph in its subgraphs included."""
-    names = [str(v.name) for v in node.inputs if v is not None]
-    for attribute in node.attributes.values():
-        graphs: Sequence[ir.Graph] = ()
-        if attribute.type == ir.AttributeType.GRAPH:
-            graphs = (attribute.as_graph(),)
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            graphs = tuple(attribute.as_graphs())
-        for graph in graphs:
-            names += [str(v.name) for v in graph.outputs]
-            for inner in graph:
-                names += _read(inner)
-    return names
 
 
 def _to_double(node: onnx.NodeProto) -> None:
