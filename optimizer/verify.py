@@ -1,0 +1,383 @@
+"""Proves that an exact pass is exact, and measures what an approximate one does.
+
+BITWISE: the arrays are equal. REASSOCIATED: measured against the original in float64, the error
+of the rewritten model is at most twice the original's own, or 16 units in the last place of the
+largest output where the original happens to be luckier than that (two sums of n terms in another
+order differ by a small multiple of one rounding; the factors allow for that and no more). The
+criterion is applied per output, over all probes. APPROXIMATE: the drift is measured.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from optimizer.calibration import input_specs, primary_output
+from optimizer.errors import CalibrationError, UnsupportedError, VerificationError
+from optimizer.metrics import DriftMeter
+from optimizer.partition import Segment, segments
+from optimizer.pass_base import Exactness
+from optimizer.probes import Probe, make_probes
+from optimizer.runners.base import Runner
+from optimizer.runners.ort import OrtRunner
+from optimizer.runners.reference import ReferenceRunner
+from optimizer.samples import SampleSet
+
+#: Error allowed relative to the original's own.
+OWN_ERROR_FACTOR = 2.0
+#: Error allowed in units of eps * max|y|, however small the original's own is.
+EPSILON_FACTOR = 16.0
+#: Both factors where only float32 can be compared with float32: then the difference holds the
+#: errors of both sides, and the original's own error is only estimated.
+_FLOAT32_FACTOR = 2.0
+
+Outputs = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found, and how.
+
+    Attributes:
+        status: "equal", "within bound", "measured" or "not verified".
+        metrics: Numbers by name: "error", "bound", "own_error" (relative to the largest output)
+            for exact passes, those of ``Drift`` for approximate ones.
+        method: How it was verified, for the report.
+        probes: Number of feeds.
+        tokens: Number of tokens (or rows) compared.
+        seconds: Time taken.
+    """
+
+    status: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    method: str = ""
+    probes: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        """One cell of a table."""
+        if self.status == "within bound":
+            error, bound = self.metrics["error"], self.metrics["bound"]
+            return f"exact: {error:.1e} (bound {bound:.1e})"
+        if self.status == "not verified":
+            return f"not verified: {self.method}"
+        return "exact: bit by bit" if self.status == "equal" else self.status
+
+
+def verify_exact(
+    before: ir.Model,
+    after: ir.Model,
+    exactness: Exactness,
+    *,
+    samples: SampleSet | None = None,
+    custom_ops: Sequence[str | Path] = (),
+    threads: int = 1,
+    max_memory: int | None = None,
+    seed: int = 0,
+) -> str:
+    """Verify and return the verdict as text; see ``verify``."""
+    return str(
+        verify(
+            before,
+            after,
+            exactness,
+            samples=samples,
+            custom_ops=custom_ops,
+            threads=threads,
+            max_memory=max_memory,
+            seed=seed,
+        )
+    )
+
+
+def verify(
+    before: ir.Model,
+    after: ir.Model,
+    exactness: Exactness,
+    *,
+    samples: SampleSet | None = None,
+    custom_ops: Sequence[str | Path] = (),
+    threads: int = 1,
+    max_memory: int | None = None,
+    seed: int = 0,
+) -> Verification:
+    """Compare two models on a few short feeds.
+
+    Args:
+        before: The model as it was (a clone: weights are shared).
+        after: The model as it is.
+        exactness: What the pass declares.
+        samples: Data to take the feeds from; None = they are made up.
+        custom_ops: Libraries of custom operators.
+        threads: Threads of ONNX Runtime.
+        max_memory: Bytes. A model that needs more is run block by block, if the two models share
+            values to cut at.
+        seed: Of what is made up.
+
+    Raises:
+        VerificationError: The models differ by more than ``exactness`` allows; says in which
+            output, by how much and how much is allowed.
+    """
+    started = time.perf_counter()
+    comparison = _Comparison(before, after, custom_ops, threads)
+    try:
+        probes = make_probes(input_specs(before), samples, seed=seed)
+        result = comparison.run(probes, exactness, max_memory)
+    except CalibrationError as error:
+        result = Verification("not verified", method=str(error).rstrip("."))
+    return Verification(
+        **{**result.__dict__, "seconds": time.perf_counter() - started},
+    )
+
+
+@dataclass
+class _Errors:
+    """Largest absolute errors of one output, over all probes."""
+
+    own: float = 0.0
+    found: float = 0.0
+    scale: float = 0.0
+    epsilon: float = float(np.finfo(np.float32).eps)
+
+    @property
+    def bound(self) -> float:
+        return max(OWN_ERROR_FACTOR * self.own, EPSILON_FACTOR * self.epsilon * self.scale)
+
+    def ratio(self) -> float:
+        """Error in units of what is allowed."""
+        if self.found == 0:
+            return 0.0
+        return self.found / self.bound if self.bound > 0 else math.inf
+
+
+@dataclass
+class _Comparison:
+    """Two models and how to run them."""
+
+    before: ir.Model
+    after: ir.Model
+    custom_ops: Sequence[str | Path]
+    threads: int
+
+    def run(
+        self, probes: Sequence[Probe], exactness: Exactness, max_memory: int | None
+    ) -> Verification:
+        counts = {"probes": len(probes), "tokens": sum(p.tokens for p in probes)}
+        cuts = self._cuts(max_memory)
+        if exactness is Exactness.APPROXIMATE:
+            return Verification("measured", self._drift(probes), "on probes", **counts)
+        if exactness is Exactness.BITWISE:
+            return self._bitwise(probes, counts)
+        try:
+            errors, method = self._against_float64(probes, cuts)
+        except UnsupportedError as error:
+            errors, method = self._against_float32(probes, str(error))
+        return self._judge(errors, method, counts)
+
+    def _ort(self, model: ir.Model, *, optimize: bool = True) -> Runner:
+        return OrtRunner(model, threads=self.threads, optimize=optimize, custom_ops=self.custom_ops)
+
+    def _cuts(self, max_memory: int | None) -> list[str]:
+        """Names of values to cut both models at; empty = run them whole."""
+        if max_memory is None or max(map(_bytes_to_run, (self.before, self.after))) <= max_memory:
+            return []
+        return shared_cuts(self.before, self.after)
+
+    def _drift(self, probes: Sequence[Probe]) -> dict[str, float]:
+        name = primary_output(self.before)
+        meter = DriftMeter(scores=name == "logits")
+        old, new = self._ort(self.before), self._ort(self.after)
+        for probe in probes:
+            meter.update(
+                probe.rows(old.run(probe.feed)[name]), probe.rows(new.run(probe.feed)[name])
+            )
+        return meter.result().as_dict()
+
+    def _bitwise(self, probes: Sequence[Probe], counts: dict[str, int]) -> Verification:
+        # ONNX Runtime's own optimizations may treat two equal graphs differently.
+        old = self._ort(self.before, optimize=False)
+        new = self._ort(self.after, optimize=False)
+        for probe in probes:
+            expected, found = old.run(probe.feed), new.run(_fitting(probe.feed, new))
+            for name in _common(expected, found):
+                if not np.array_equal(
+                    expected[name], found[name], equal_nan=_floating(found[name])
+                ):
+                    worst = float(np.abs(_wide(expected[name]) - _wide(found[name])).max())
+                    raise VerificationError(
+                        f"output '{name}' is not the same bit by bit (largest difference "
+                        f"{worst:.3g}); the pass declares itself bitwise exact"
+                    )
+        return Verification("equal", {"error": 0.0}, "ONNX Runtime, bit by bit", **counts)
+
+    def _against_float64(
+        self, probes: Sequence[Probe], cuts: Sequence[str]
+    ) -> tuple[dict[str, _Errors], str]:
+        exact = ReferenceRunner(self.before, double=True, extra_outputs=_named(self.before, cuts))
+        wanted = [exact.run(probe.feed) for probe in probes]
+        method = "float64 reference"
+        errors: dict[str, _Errors] = {}
+        if cuts:
+            method += f", block by block ({len(cuts) + 1} parts)"
+            for old_part, new_part in zip(
+                segments(self.before, cuts), segments(self.after, cuts), strict=True
+            ):
+                self._segment(old_part, new_part, probes, wanted, errors)
+            return errors, method
+        for model, attribute in ((self.before, "own"), (self.after, "found")):
+            runner = self._ort(model)
+            for probe, reference in zip(probes, wanted, strict=True):
+                outputs = runner.run(_fitting(probe.feed, runner))
+                _collect(errors, attribute, probe, reference, outputs)
+        return errors, method
+
+    def _segment(
+        self,
+        old: Segment,
+        new: Segment,
+        probes: Sequence[Probe],
+        wanted: Sequence[Outputs],
+        errors: dict[str, _Errors],
+    ) -> None:
+        sides = ((self.before, old, "own"), (self.after, new, "found"))
+        for model, segment, attribute in sides:
+            runner: OrtRunner | None = None
+            for probe, reference in zip(probes, wanted, strict=True):
+                known = {**reference, **probe.feed}
+                if runner is None:
+                    part = segment.part(model, {n: a.ndim for n, a in known.items()})
+                    if not part.outputs:
+                        break
+                    runner = OrtRunner(
+                        model, part=part, threads=self.threads, custom_ops=self.custom_ops
+                    )
+                types = {spec.name: spec.dtype for spec in runner.inputs}
+                feed = {n: known[n].astype(t) for n, t in types.items()}
+                _collect(errors, attribute, probe, reference, runner.run(feed))
+
+    def _against_float32(
+        self, probes: Sequence[Probe], reason: str
+    ) -> tuple[dict[str, _Errors], str]:
+        """Where float64 is not possible: how far do two float32 runs of the original differ?"""
+        plain = self._ort(self.before, optimize=False)
+        references = [plain.run(probe.feed) for probe in probes]
+        errors: dict[str, _Errors] = {}
+        for model, attribute in ((self.before, "own"), (self.after, "found")):
+            runner = self._ort(model)
+            for probe, reference in zip(probes, references, strict=True):
+                outputs = runner.run(_fitting(probe.feed, runner))
+                _collect(errors, attribute, probe, reference, outputs)
+        for error in errors.values():
+            error.own *= _FLOAT32_FACTOR
+            error.epsilon *= _FLOAT32_FACTOR
+        return errors, f"float32 against float32, bound doubled ({reason.rstrip('.')})"
+
+    def _judge(
+        self, errors: Mapping[str, _Errors], method: str, counts: dict[str, int]
+    ) -> Verification:
+        if not errors:
+            raise CalibrationError("the two models have no output in common")
+        name, worst = max(errors.items(), key=lambda item: item[1].ratio())
+        if not worst.found <= worst.bound:
+            raise VerificationError(
+                f"output '{name}' is off by {worst.found:.3g} (its largest value is "
+                f"{worst.scale:.3g}); {worst.bound:.3g} is allowed, twice the original's own "
+                f"error or 16 roundings; {method}"
+            )
+        scale = worst.scale or 1.0
+        metrics = {
+            "error": worst.found / scale,
+            "bound": worst.bound / scale,
+            "own_error": worst.own / scale,
+        }
+        return Verification("within bound", metrics, method, **counts)
+
+
+def shared_cuts(before: ir.Model, after: ir.Model) -> list[str]:
+    """Values at which both models can be cut: the residual stream between blocks, by name."""
+    from optimizer.blocks import find_blocks
+
+    names = [str(v.name) for b in find_blocks(after).blocks for v in (b.input,)]
+    known = {str(v.name) for node in before.graph for v in node.outputs}
+    return [name for name in dict.fromkeys(names) if name in known]
+
+
+def _bytes_to_run(model: ir.Model) -> int:
+    """Memory of a session: the weights, and a second time as its kernels pack them."""
+    tensors = (v.const_value for v in model.graph.initializers.values())
+    return 2 * sum(t.nbytes for t in tensors if t is not None)
+
+
+def _named(model: ir.Model, names: Sequence[str]) -> list[ir.Value]:
+    values = {str(v.name): v for node in model.graph for v in node.outputs}
+    return [values[name] for name in names]
+
+
+def _common(expected: Outputs, found: Outputs) -> list[str]:
+    return [name for name in expected if name in found]
+
+
+def _floating(array: np.ndarray) -> bool:
+    return array.dtype.kind not in "iub"
+
+
+def _wide(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float64)
+
+
+def _fitting(feed: Mapping[str, np.ndarray], runner: Runner) -> dict[str, np.ndarray]:
+    """The part of a feed that a model still asks for."""
+    return {name: feed[name] for name in runner.input_names if name in feed}
+
+
+def _collect(
+    errors: dict[str, _Errors],
+    attribute: str,
+    probe: Probe,
+    reference: Outputs,
+    outputs: Outputs,
+) -> None:
+    """Enlarge the errors by those of one run.
+
+    Raises:
+        VerificationError: An integer output differs, or a number stopped being finite.
+    """
+    for name, raw in outputs.items():
+        if name not in reference:
+            continue
+        expected, found = _aligned(reference[name], raw, name)
+        expected, found = probe.rows(expected), probe.rows(found)
+        if not _floating(raw):
+            if attribute == "found" and not np.array_equal(expected, found):
+                raise VerificationError(f"output '{name}' holds other integers")
+            continue
+        entry = errors.setdefault(name, _Errors())
+        finite = np.isfinite(expected)
+        if attribute == "found" and not np.isfinite(found[finite]).all():
+            raise VerificationError(f"output '{name}' is not finite where the original's is")
+        difference = np.abs(_wide(found)[finite] - _wide(expected)[finite])
+        if raw.dtype.kind == "f":
+            entry.epsilon = max(entry.epsilon, float(np.finfo(raw.dtype).eps))
+        entry.scale = max(entry.scale, float(np.abs(expected[finite]).max(initial=0.0)))
+        largest = float(difference.max(initial=0.0))
+        setattr(entry, attribute, max(getattr(entry, attribute), largest))
+
+
+def _aligned(expected: np.ndarray, found: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Equal shapes; a cache that is filled in place may be longer than what it holds."""
+    if expected.shape == found.shape:
+        return expected, found
+    if expected.ndim == 4 and found.ndim == 4 and found.shape[2] > expected.shape[2]:
+        found = found[:, :, : expected.shape[2]]
+    if expected.shape != found.shape:
+        raise VerificationError(
+            f"output '{name}' has shape {list(found.shape)}, it was {list(expected.shape)}"
+        )
+    return expected, found
