@@ -53,6 +53,11 @@ def product(dims: Iterable[Dim]) -> Dim:
     return result
 
 
+def never_negative(dim: Dim) -> bool:
+    """Whether no coefficient is negative; the symbols themselves are sizes."""
+    return all(count >= 0 for _, count in _terms(dim))
+
+
 def symbol(name: str) -> Dim:
     """The dimension called ``name``."""
     return (((name,), 1),)

@@ -5,7 +5,7 @@ A rule may assume a valid node: whatever it raises on an invalid one counts as "
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -26,9 +26,16 @@ def unknown(value: ir.Value, axis: int) -> Dim:
     return dims.symbol(f"?{value.name}.{axis}")
 
 
-def joined(sizes: Sequence[Dim], value: ir.Value, axis: int) -> Dim:
-    """The dimension that results from broadcasting ``sizes``."""
+def joined(
+    sizes: Sequence[Dim], value: ir.Value, axis: int, capped: Mapping[Dim, Dim] | None = None
+) -> Dim:
+    """The dimension that results from broadcasting ``sizes``.
+
+    ``capped`` maps the size d of a Slice of the first E of n to E: beside E, d is E or 1 (anything
+    else does not broadcast), so the result is E.
+    """
     distinct = [size for size in dict.fromkeys(sizes) if size != 1]
+    distinct = [size for size in distinct if (capped or {}).get(size) not in distinct]
     if len(distinct) <= 1:
         return distinct[0] if distinct else 1
     numbers = [size for size in distinct if isinstance(size, int)]
@@ -167,9 +174,7 @@ def _slice(shapes: Shapes, node: ir.Node, value: ir.Value) -> Shape | None:
         return None
     bounds = slice_bounds(node, len(source))
     if bounds is None:
-        axes = numbers(node.inputs[3]) if len(node.inputs) > 3 else None
-        touched = range(len(source)) if axes is None else {axis % len(source) for axis in axes}
-        return tuple(unknown(value, a) if a in touched else d for a, d in enumerate(source))
+        return _slice_by_values(shapes, node, value, source)
     result = list(source)
     for axis, part in bounds:
         size = source[axis]
@@ -178,6 +183,20 @@ def _slice(shapes: Shapes, node: ir.Node, value: ir.Value) -> Shape | None:
         elif not _is_everything(part):
             result[axis] = unknown(value, axis)
     return tuple(result)
+
+
+def _slice_by_values(shapes: Shapes, node: ir.Node, value: ir.Value, source: Shape) -> Shape:
+    """A Slice whose bounds are computed."""
+    axes = numbers(node.inputs[3]) if len(node.inputs) > 3 else None
+    touched = range(len(source)) if axes is None else [axis % len(source) for axis in axes]
+    start, end = (shapes.vector_within(v) for v in node.inputs[1:3])
+    steps = numbers(node.inputs[4]) if len(node.inputs) > 4 else [1]
+    single = len(touched) == 1 and steps == [1]
+    if single and start is not None and end is not None:
+        known = dims.never_negative(start[0]) and dims.never_negative(end[0])
+        if known:
+            shapes.capped[unknown(value, touched[0])] = dims.subtract(end[0], start[0])
+    return tuple(unknown(value, a) if a in touched else d for a, d in enumerate(source))
 
 
 def _is_everything(part: slice) -> bool:

@@ -45,6 +45,8 @@ class Shapes:
     def __init__(self) -> None:
         self._shapes: dict[ir.Value, Shape | None] = {}
         self._vectors: dict[ir.Value, Shape | None] = {}
+        #: Sizes of Slices with computed bounds -> what they are unless the data ends before.
+        self.capped: dict[Dim, Dim] = {}
 
     def of(self, value: ir.Value | None) -> Shape | None:
         """The shape, None where not even the rank is known."""
@@ -92,9 +94,8 @@ class Shapes:
         known = [shape for shape in shapes if shape is not None]
         rank = max(len(shape) for shape in known)
         padded = [(1,) * (rank - len(shape)) + shape for shape in known]
-        return tuple(
-            rules.joined(dims, value, axis) for axis, dims in enumerate(zip(*padded, strict=True))
-        )
+        columns = enumerate(zip(*padded, strict=True))
+        return tuple(rules.joined(sizes, value, axis, self.capped) for axis, sizes in columns)
 
     def vector_within(self, value: ir.Value | None) -> Shape | None:
         """``vector`` for rules: whatever ``value`` depends on has its shape already."""
