@@ -79,6 +79,8 @@ class Request:
     dry_run: bool = False
     check_numbers: bool = True
     threads: int = 1
+    bench: bool = False
+    max_memory: int | None = None
     save_recipe: Path | None = None
     with_cache: bool = False
     task: str | None = None

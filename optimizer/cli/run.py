@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +13,16 @@ from optimizer.errors import EXIT_BUDGET, EXIT_DONE
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _FILE = click.Path(path_type=Path)
+
+
+def parse_size(text: str) -> int:
+    """Bytes in ``8GB``, ``512MB`` or a plain number."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in units:
+        msg = f"found '{text}', expected a size such as 8GB or 512MB"
+        raise click.BadParameter(msg)
+    return int(float(match[1]) * units[match[2].upper()])
 
 
 def _options(*decorators: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
@@ -106,6 +117,7 @@ _proof = _options(
     click.option(
         "--max-memory",
         metavar="SIZE",
+        callback=lambda _ctx, _param, text: None if text is None else parse_size(text),
         help="Verify without exceeding this much memory, such as 8GB.",
     ),
     click.option(
