@@ -22,6 +22,8 @@ from optimizer.raising import (
     cse,
     inline,
     linears,
+    norms,
+    opset,
     reshapes,
     simplify,
     value_info,
@@ -67,8 +69,11 @@ STEPS: tuple[Step, ...] = (
     Step("constants", constants.lift),
     Step("merge", cse.run),
     Step("types", value_info.fill),
+    Step("opset", opset.run),
     Step("clean", clean),
     Step("linears", linears.run),
+    Step("clean", clean),
+    Step("norms", norms.run, opset=23),
     Step("clean", clean),
     Step("types", value_info.refresh),
 )
@@ -91,6 +96,8 @@ class Canonicalize(GraphPass[CanonicalizeOptions]):
         counts: Counter[str] = Counter()
         skipped: dict[Skip, None] = {}
         for step in STEPS:
+            if model.opset_imports.get("", 1) < step.opset:
+                continue
             report = step.run(model)
             counts[step.name] += report.applied
             skipped.update((Skip(miss.site, miss.reason), None) for miss in report.skipped)

@@ -1,0 +1,218 @@
+"""Raises the version of the standard operators to that of the canonical dialect.
+
+Rewrite:      opset 7 .. 22 -> 23
+Applies when: every operator of the model means the same in both versions: its definition is the
+              same, or only gained optional inputs and attributes, or a rule below adapts it. One
+              operator of which this is not known keeps the whole model at its version.
+Exactness:    bitwise
+Source:       the version history of the ONNX operators, as ``onnx.defs`` holds it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx.defs import OpSchema
+
+from optimizer.graph import add_initializer
+from optimizer.raising.base import Miss, RuleReport, opset_of, site
+
+CANONICAL = 23
+_OLDEST = 7
+#: Version 10 of the file format is the oldest with every type and field used here.
+_IR_VERSION = 10
+
+#: Operators whose meaning changed although their signature did not break, and since when.
+_CHANGED: dict[str, int] = {"GroupNormalization": 21, "Resize": 11, "RoiAlign": 16, "Scan": 9}
+#: Pooling with ceil_mode counts its windows differently from here on.
+_CEIL_FIXED: dict[str, int] = {"AveragePool": 19, "LpPool": 22, "MaxPool": 22}
+
+
+def run(model: ir.Model) -> RuleReport:
+    """Adapt every node, or none."""
+    version = opset_of(model)
+    if version >= CANONICAL:
+        return RuleReport()
+    if version < _OLDEST:
+        reason = f"operators of version {version} (before {_OLDEST}) are not raised to {CANONICAL}"
+        return RuleReport(0, (Miss(model.graph.name or "graph", reason),))
+    nodes = [node for node in model.graph.all_nodes() if node.domain == ""]
+    misses = {
+        node.op_type: Miss(site(node), f"{reason}; the model keeps opset {version}")
+        for node in reversed(nodes)
+        if (reason := _problem(node, version)) is not None
+    }
+    if misses:
+        return RuleReport(0, tuple(misses[op_type] for op_type in sorted(misses)))
+    for node in nodes:
+        adapt = _ADAPTERS.get(node.op_type)
+        if adapt is not None:
+            adapt(model.graph, node, version)
+        node.version = None
+    model.graph.opset_imports[""] = CANONICAL
+    model.ir_version = max(model.ir_version, _IR_VERSION)
+    return RuleReport(1)
+
+
+def _schema(op_type: str, version: int) -> OpSchema | None:
+    try:
+        return onnx.defs.get_schema(op_type, version, "")
+    except onnx.defs.SchemaError:
+        return None
+
+
+def _problem(node: ir.Node, version: int) -> str | None:
+    """Why this node may mean something else in the canonical version."""
+    name = node.op_type
+    old, new = _schema(name, version), _schema(name, CANONICAL)
+    if old is None or (new is not None and old.since_version == new.since_version):
+        return None  # no standard operator, or one that did not change
+    if new is None or new.deprecated:
+        return f"{name} does not exist in opset {CANONICAL}"
+    if old.since_version < _CHANGED.get(name, 0):
+        return f"{name} means something else since opset {_CHANGED[name]}"
+    if old.since_version < _CEIL_FIXED.get(name, 0) and node.attributes.get_int("ceil_mode", 0):
+        return f"{name} with ceil_mode means something else since opset {_CEIL_FIXED[name]}"
+    if name in _CHECKS:
+        return _CHECKS[name](node, old.since_version)
+    if name in _ADAPTERS or _extends(old, new):
+        return None
+    return f"{name} changed between opset {version} and {CANONICAL}"
+
+
+def _extends(old: OpSchema, new: OpSchema) -> bool:
+    """Whether ``new`` reads every node of ``old`` the same way."""
+    for key, attribute in old.attributes.items():
+        other = new.attributes.get(key)
+        if other is None or str(other.default_value) != str(attribute.default_value):
+            return False
+    added = [a for key, a in new.attributes.items() if key not in old.attributes]
+    optional = OpSchema.FormalParameterOption.Optional
+    extra = new.inputs[len(old.inputs) :]
+    return (
+        not any(attribute.required for attribute in added)
+        and len(old.inputs) <= len(new.inputs)
+        and all(parameter.option == optional for parameter in extra)
+        and len(old.outputs) <= len(new.outputs)
+    )
+
+
+def _softmax_check(node: ir.Node, since: int) -> str | None:
+    if since >= 13:
+        return None
+    shape = node.inputs[0].shape if node.inputs[0] is not None else None
+    axis = node.attributes.get_int("axis", 1)
+    if axis == -1 or (shape is not None and axis % len(shape) == len(shape) - 1):
+        return None
+    return f"{node.op_type} before opset 13 is over all axes from {axis} on"
+
+
+def _batch_norm_check(node: ir.Node, since: int) -> str | None:
+    if len(node.outputs) > 1 and since < 14:
+        return "BatchNormalization is in training mode"
+    if node.attributes.get_int("spatial", 1) != 1:
+        return "BatchNormalization is not per channel"
+    return None
+
+
+_CHECKS: dict[str, Callable[[ir.Node, int], str | None]] = {
+    "BatchNormalization": _batch_norm_check,
+    "Hardmax": _softmax_check,
+    "LogSoftmax": _softmax_check,
+    "Softmax": _softmax_check,
+}
+
+
+def _attribute_to_input(
+    graph: ir.Graph, node: ir.Node, attribute: str, index: int, dtype: ir.DataType | None = None
+) -> None:
+    """Move an attribute to input ``index``, as a constant."""
+    if attribute not in node.attributes:
+        return
+    held = node.attributes.pop(attribute)
+    kind = np.dtype(np.int64) if dtype is None else dtype.numpy()
+    value = add_initializer(
+        graph, f"{node.outputs[0].name}/{attribute}", np.array(held.value, dtype=kind)
+    )
+    if len(node.inputs) <= index:
+        node.resize_inputs(index + 1)
+    node.replace_input_with(index, value)
+
+
+def _axes(graph: ir.Graph, node: ir.Node, _: int) -> None:
+    _attribute_to_input(graph, node, "axes", 1)
+
+
+def _split(graph: ir.Graph, node: ir.Node, _: int) -> None:
+    _attribute_to_input(graph, node, "split", 1)
+    if (len(node.inputs) < 2 or node.inputs[1] is None) and "num_outputs" not in node.attributes:
+        node.attributes["num_outputs"] = ir.AttrInt64("num_outputs", len(node.outputs))
+
+
+def _slice(graph: ir.Graph, node: ir.Node, _: int) -> None:
+    _attribute_to_input(graph, node, "starts", 1)
+    _attribute_to_input(graph, node, "ends", 2)
+    _attribute_to_input(graph, node, "axes", 3)
+
+
+def _clip(graph: ir.Graph, node: ir.Node, _: int) -> None:
+    _attribute_to_input(graph, node, "min", 1, node.outputs[0].dtype or ir.DataType.FLOAT)
+    _attribute_to_input(graph, node, "max", 2, node.outputs[0].dtype or ir.DataType.FLOAT)
+
+
+def _pad(graph: ir.Graph, node: ir.Node, _: int) -> None:
+    _attribute_to_input(graph, node, "pads", 1)
+    _attribute_to_input(graph, node, "value", 2, node.outputs[0].dtype or ir.DataType.FLOAT)
+
+
+def _top_k(graph: ir.Graph, node: ir.Node, _: int) -> None:
+    if "k" in node.attributes:
+        node.attributes["k"] = ir.AttrInt64s("k", [node.attributes["k"].as_int()])
+        _attribute_to_input(graph, node, "k", 1)
+
+
+def _dropout(graph: ir.Graph, node: ir.Node, version: int) -> None:
+    del graph
+    if version < 12:  # the ratio matters in training only
+        node.attributes.pop("ratio", None)
+
+
+def _last_axis(graph: ir.Graph, node: ir.Node, version: int) -> None:
+    del graph
+    if version < 13:
+        node.attributes["axis"] = ir.AttrInt64("axis", -1)
+
+
+def _batch_norm(graph: ir.Graph, node: ir.Node, _: int) -> None:
+    del graph
+    node.attributes.pop("spatial", None)
+
+
+def _grid_sample(graph: ir.Graph, node: ir.Node, version: int) -> None:
+    del graph
+    renamed = {"bilinear": "linear", "bicubic": "cubic"}
+    mode = node.attributes.get_string("mode", "bilinear")
+    if version < 20:
+        node.attributes["mode"] = ir.AttrString("mode", renamed.get(mode, mode))
+
+
+_REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")
+_ADAPTERS: dict[str, Callable[[ir.Graph, ir.Node, int], None]] = {
+    **{f"Reduce{name}": _axes for name in _REDUCTIONS},
+    "BatchNormalization": _batch_norm,
+    "Clip": _clip,
+    "Dropout": _dropout,
+    "GridSample": _grid_sample,
+    "Hardmax": _last_axis,
+    "LogSoftmax": _last_axis,
+    "Pad": _pad,
+    "Slice": _slice,
+    "Softmax": _last_axis,
+    "Split": _split,
+    "Squeeze": _axes,
+    "TopK": _top_k,
+    "Unsqueeze": _axes,
+}
