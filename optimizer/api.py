@@ -186,6 +186,8 @@ class _Job:
                 listener=self.listener,
                 source=self.title,
                 custom_ops=self.request.custom_ops,
+                threads=self.request.threads,
+                max_memory=self.request.max_memory,
                 fail_on_noop=self.request.fail_on_noop,
                 plan_only=self.request.dry_run,
                 keep_missed=self.request.keep_missed,

@@ -23,9 +23,18 @@ FILES = sorted([*(ROOT / "optimizer").rglob("*.py"), *(ROOT / "passes").rglob("*
 #: counts as one module; its parts may import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("metrics", "sample_sources", "samples", "feeds", "targets", "memory", "onnx_wire"),
+    ("metrics", "sample_sources", "samples", "feeds", "probes", "targets", "memory", "onnx_wire"),
     (
-        *("graph", "nodes", "proto", "fingerprint", "structure", "block_parts", "blocks"),
+        *(
+            "graph",
+            "nodes",
+            "proto",
+            "partition",
+            "fingerprint",
+            "structure",
+            "block_parts",
+            "blocks",
+        ),
         *("raising", "fusion", "checks", "model_input", "model_writer", "model_io"),
         *("frontends", "runners"),
     ),
