@@ -65,10 +65,10 @@ def lower(model: ir.Model) -> tuple[int, tuple[Skip, ...]]:
                 found.append(match)
             elif match is not None:
                 skipped.append(Skip(str(node.name), match))
-    writer = _Writer(graph, found)
-    for product in found:
-        writer.write(product)
     if found:
+        writer = _Writer(graph, found)
+        for product in found:
+            writer.write(product)
         graph.opset_imports[CONTRIB] = 1
         graphs.remove_dead(graph)
     return len(found), tuple(skipped)

@@ -259,6 +259,6 @@ def _integers(nodes: Sequence[ir.Node]) -> tuple[int, ...]:
             tensor = graphs.constant(value)
             if tensor is not None and tensor.size == 1 and tensor.dtype.is_integer():
                 number = abs(int(graphs.scalar(value) or 0))
-                if 2 <= number <= _LARGEST_WINDOW:
+                if 1 <= number <= _LARGEST_WINDOW:
                     found.add(number)
     return tuple(sorted(found))

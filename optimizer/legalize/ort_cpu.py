@@ -15,6 +15,8 @@ import onnx_ir as ir
 from optimizer import graph as graphs
 from optimizer.legalize import int8
 from optimizer.pass_base import Skip
+from optimizer.raising.dims import Shape
+from optimizer.raising.shapes import Shapes
 
 _MASK = 3
 
@@ -29,12 +31,10 @@ class Lowered:
 
 def lower(model: ir.Model) -> Lowered:
     """Rewrite ``model`` in place."""
+    masks = widen_masks(model)  # first: it asks for shapes, which standard operators answer
     products, skipped = int8.lower(model)
-    counts = {
-        "int8 product": products,
-        "residual add": spell_residuals(model),
-        "attention mask": widen_masks(model),
-    }
+    residuals = spell_residuals(model)
+    counts = {"attention mask": masks, "int8 product": products, "residual add": residuals}
     return Lowered(counts, skipped)
 
 
@@ -64,11 +64,14 @@ def widen_masks(model: ir.Model) -> int:
     ONNX Runtime broadcasts a mask over batch and heads, but refuses one query row for all.
     """
     count = 0
+    shapes = Shapes()
+    dims = [dim for value in model.graph.inputs for dim in value.shape or ()]
+    names = frozenset(str(dim) for dim in dims if not isinstance(dim, int))
     wide: dict[ir.Value, ir.Value] = {}
     for node in [n for n in model.graph if n.op_type == "Attention" and n.domain == ""]:
         mask = node.inputs[_MASK] if len(node.inputs) > _MASK else None
         query = node.inputs[0]
-        if mask is None or query is None or _has_query_rows(mask, query):
+        if mask is None or query is None or _has_query_rows(shapes.of(mask), names):
             continue
         if mask not in wide:
             wide[mask] = _widen(model.graph, node, mask, query)
@@ -77,14 +80,18 @@ def widen_masks(model: ir.Model) -> int:
     return count
 
 
-def _has_query_rows(mask: ir.Value, query: ir.Value) -> bool:
-    """Whether the mask's second last dimension is known to be the number of queries."""
-    if mask.shape is None or query.shape is None or len(mask.shape) < 2 or len(query.shape) < 3:
+def _has_query_rows(mask: Shape | None, names: frozenset[str]) -> bool:
+    """Whether the second last dimension of a mask is certainly the number of queries.
+
+    It is that or 1 in any valid model; so it is not 1 where it is written in terms of dimensions
+    of the model's inputs.
+    """
+    if mask is None or len(mask) < 2:
         return False
-    rows, queries = mask.shape[-2], query.shape[-2]
-    if isinstance(rows, int) or isinstance(queries, int):
-        return rows == queries
-    return rows.value is not None and rows.value == queries.value
+    rows = mask[-2]
+    if isinstance(rows, int):
+        return rows > 1
+    return all(name in names for product, _ in rows for name in product)
 
 
 def _widen(graph: ir.Graph, anchor: ir.Node, mask: ir.Value, query: ir.Value) -> ir.Value:

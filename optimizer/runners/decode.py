@@ -51,7 +51,10 @@ class DecodeSession:
             ModelError: The model has no KV cache.
         """
         self._session = OrtRunner(model, threads=threads, optimize=optimize).session
-        facts = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+        if isinstance(model, ir.Model):
+            facts = model.metadata_props.get(METADATA_KEY)
+        else:
+            facts = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
         self.form: str = "append" if facts is None else json.loads(facts)["form"]
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
