@@ -25,9 +25,10 @@ from optimizer.calibration import Calibration, input_specs
 from optimizer.errors import OptionError
 from optimizer.export.onnx_file import write_result, write_text
 from optimizer.generation import self_samples
+from optimizer.listener import Listener, Silent
 from optimizer.model_io import external_files, hash_file, load_model
 from optimizer.model_writer import check_output
-from optimizer.pipeline import Data, Listener, Run, Silent, require_data
+from optimizer.pipeline import Data, Run, require_data
 from optimizer.recipe import Recipe, load_recipe, make_recipe, split_passes, to_toml
 from optimizer.report import RunReport, make_manifest
 from optimizer.samples import SampleSpec, load_samples
@@ -179,6 +180,7 @@ class _Job:
             if output is not None:
                 check_output(output, force=self.request.force, protected=protected)
             data = self._load_data(source)
+            self._note_digests(data)
             run = Run(
                 source,
                 self.recipe,
@@ -193,7 +195,6 @@ class _Job:
                 keep_missed=self.request.keep_missed,
             )
             report = run.execute()
-            self._note_digests(data)
             if output is None:
                 return Result(run.model, report, {}, self.recipe, None)
             return self._write(run.model, report, output, protected)

@@ -87,7 +87,7 @@ def check_operators(model: ir.Model, custom_ops: Sequence[Path]) -> None:
         if not onnx.defs.has(node.op_type, opset, domain):
             msg = (
                 f"node '{node.name}' is operator {node.op_type}, which opset {opset} of domain "
-                f"'{domain or 'ai.onnx'}' does not define; expected a model that onnx.checker accepts"
+                f"'{domain or 'ai.onnx'}' does not define; check the model with onnx.checker"
             )
             raise ModelError(msg)
 

@@ -1,4 +1,4 @@
-"""Writes models: one tensor in memory at a time, completely or not at all, always the same bytes."""
+"""Writes models: one tensor in memory at a time, all or nothing, always the same bytes."""
 
 from __future__ import annotations
 

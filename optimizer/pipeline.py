@@ -6,7 +6,6 @@ the pass and leaves nothing on disk, because writing comes last and is not done 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -14,11 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 import onnx_ir as ir
 
-from optimizer import __version__, checks, graph, memory, verify
+from optimizer import checks, graph, memory, verify
 from optimizer.calibration import Calibration, Reference
 from optimizer.errors import (
     BudgetError,
@@ -29,39 +27,15 @@ from optimizer.errors import (
     VerificationError,
 )
 from optimizer.legalize import legalize
+from optimizer.listener import Listener, Silent
 from optimizer.metrics import Drift
 from optimizer.pass_base import Context, Exactness, Report
+from optimizer.provenance import stamp
 from optimizer.recipe import FIRST_PASS, Recipe, Step
 from optimizer.report import Row, RunReport, Size
 from passes import get_pass
 
 logger = logging.getLogger(__name__)
-
-
-class Listener(Protocol):
-    """Who is told how far a run is."""
-
-    def stage(self, title: str) -> None:
-        """A new stage begins."""
-
-    def progress(self, done: int, total: int) -> None:
-        """Part of the stage is done."""
-
-    def note(self, text: str) -> None:
-        """Something the user should know."""
-
-
-class Silent:
-    """A listener that ignores everything."""
-
-    def stage(self, title: str) -> None:
-        """Ignore."""
-
-    def progress(self, done: int, total: int) -> None:
-        """Ignore."""
-
-    def note(self, text: str) -> None:
-        """Ignore."""
 
 
 @dataclass
@@ -333,13 +307,3 @@ def noop_message(report: RunReport) -> str:
     return f"--fail-on-noop: {named} matched nothing" + (
         f" ({'; '.join(reasons)})" if reasons else ""
     )
-
-
-def stamp(model: ir.Model, recipe: Recipe) -> None:
-    """Leave in the model what made it: no times, hosts or paths, so the bytes stay the same."""
-    content = recipe.as_dict()
-    for key in ("calibration", "evaluation", "external_data"):
-        content.pop(key)
-    model.producer_name = "optimize-onnx"
-    model.producer_version = __version__
-    model.metadata_props["optimize.recipe"] = json.dumps(content, sort_keys=True)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from optimizer.pipeline import Listener, Silent
+from optimizer.listener import Listener, Silent
 
 
 class _Lines:

@@ -23,7 +23,17 @@ FILES = sorted([*(ROOT / "optimizer").rglob("*.py"), *(ROOT / "passes").rglob("*
 #: counts as one module; its parts may import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("metrics", "sample_sources", "samples", "feeds", "probes", "targets", "memory", "onnx_wire"),
+    (
+        "metrics",
+        "sample_sources",
+        "samples",
+        "feeds",
+        "probes",
+        "targets",
+        "memory",
+        "listener",
+        "onnx_wire",
+    ),
     (
         *(
             "graph",
@@ -41,8 +51,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("observers", "calibration", "pass_base", "generation", "legalize"),
     ("passes",),
     (
-        *("budget", "recipe", "report", "verify_values", "verify", "pipeline", "bench_stats"),
-        *("benchmark", "export", "inspection"),
+        *(
+            "budget",
+            "recipe",
+            "provenance",
+            "report",
+            "verify_values",
+            "verify",
+            "pipeline",
+            "bench_stats",
+        ),
+        *("benchmark", "export", "inspection", "comparison"),
     ),
     ("progress", "api", "cli", "__main__"),
 )

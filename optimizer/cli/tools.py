@@ -116,9 +116,9 @@ def check_command(first: Path, second: Path, budget: str, as_json: bool, **optio
 
     Without --eval, A.evaluation.npz or A.calibration.npz beside A is used, else random inputs.
     """
-    from optimizer.api import compare
     from optimizer.budget import Budget
     from optimizer.cli import screen
+    from optimizer.comparison import compare
 
     limits = Budget.parse(budget)
     result = compare(first, second, **options)
