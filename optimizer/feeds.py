@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -61,6 +61,8 @@ def synthesize(
     Raises:
         CalibrationError: An axis has no length; names it and the option to give it.
     """
+    if not any(is_past(spec) for spec in inputs):
+        sizes = replace(sizes, past=0)
     return {spec.name: _values(spec, _shape(spec, sizes), sizes, rng) for spec in inputs}
 
 
