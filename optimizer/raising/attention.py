@@ -23,6 +23,7 @@ import onnx_ir as ir
 from optimizer import graph as graphs
 from optimizer.nodes import operand, optional, users
 from optimizer.raising import heads as layout
+from optimizer.raising import rotary
 from optimizer.raising import scores as spelled
 from optimizer.raising.base import Miss, RuleReport, site
 from optimizer.raising.cache import Cache, find_cache, without_repeats
@@ -32,7 +33,8 @@ from optimizer.raising.shapes import Shapes
 
 
 def run(model: ir.Model) -> RuleReport:
-    """Raise every attention of the main graph."""
+    """Raise every attention of the main graph, rotary embeddings on the way included."""
+    joined = rotary.join_heads(model)
     state = _State(model.graph)
     for node in list(model.graph):
         if node.domain == "" and node.op_type == "Softmax":
@@ -45,7 +47,7 @@ def run(model: ir.Model) -> RuleReport:
     if state.applied:
         graphs.remove_dead(model)
         model.graph.sort()
-    return RuleReport(state.applied, tuple(state.skipped))
+    return RuleReport.total([joined, RuleReport(state.applied, tuple(state.skipped))])
 
 
 @dataclass
@@ -160,6 +162,10 @@ def _rewrite(state: _State, found: _Site) -> None:
     node, graph = found.node, state.graph
     sides = (found.query, found.keys, found.values)
     query, keys, values = (layout.join(graph, node, side) for side in sides)
+    query, factor = spelled.unscaled(query)
+    if found.cache is None:  # the cache holds scaled keys
+        keys, key_factor = spelled.unscaled(keys)
+        factor *= key_factor
     mask = optional(node, 3)
     if mask is not None:
         rows = (state.shapes.of(operand(node)) or ())[2]
@@ -175,8 +181,8 @@ def _rewrite(state: _State, found: _Site) -> None:
         "q_num_heads": ir.AttrInt64("q_num_heads", found.query.count),
         "kv_num_heads": ir.AttrInt64("kv_num_heads", found.keys.count),
     }
-    if "scale" not in attributes:
-        attributes["scale"] = ir.AttrFloat32("scale", float(found.query.size) ** -0.5)
+    scale = node.attributes.get_float("scale", float(found.query.size) ** -0.5)
+    attributes["scale"] = ir.AttrFloat32("scale", scale * factor)
     old = node.outputs[0]
     count = 1 if found.cache is None else 3
     made = graphs.insert(

@@ -77,12 +77,18 @@ def join(graph: ir.Graph, anchor: ir.Node, heads: Heads) -> ir.Value:
         graph, "joined_heads", np.array([0, 0, heads.count * heads.size], np.int64)
     )
     name = f"{heads.source.name}_joined"
-    return graphs.insert(graph, anchor, "Reshape", [heads.source, target], name=name)
+    return graphs.insert(
+        graph, anchor, "Reshape", [heads.source, target], name=name, dtype=heads.source.dtype
+    )
 
 
 def split(graph: ir.Graph, anchor: ir.Node, value: ir.Value, count: int, size: int) -> ir.Value:
     """[B, H, S, c] of ``value`` [B, S, H*c], inserted before ``anchor``."""
     target = graphs.add_initializer(graph, "split_heads", np.array([0, 0, count, size], np.int64))
-    rows = graphs.insert(graph, anchor, "Reshape", [value, target], name=f"{value.name}_heads")
+    rows = graphs.insert(
+        graph, anchor, "Reshape", [value, target], name=f"{value.name}_heads", dtype=value.dtype
+    )
     name = f"{value.name}_swapped"
-    return graphs.insert(graph, anchor, "Transpose", [rows], {"perm": list(_SWAP)}, name=name)
+    return graphs.insert(
+        graph, anchor, "Transpose", [rows], {"perm": list(_SWAP)}, name=name, dtype=value.dtype
+    )

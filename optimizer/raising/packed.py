@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from optimizer import block_parts
 from optimizer import graph as graphs
+from optimizer.nodes import dims
 from optimizer.raising import columns as tracking
 from optimizer.raising.base import Miss, RuleReport, site
 from optimizer.raising.columns import Columns
@@ -151,19 +152,23 @@ def _narrow(
 ) -> ir.Value:
     """The layer for the columns of one part, in the part's layout."""
     chosen = piece.index.reshape(-1)
-    rows = int(block_parts.dims(layer.weight)[0])  # type: ignore[index]
+    rows = (dims(layer.weight) or (0,))[0]
     weight = graphs.derived(
         layer.weight, (rows, chosen.size), lambda array: array[:, _selector(chosen)]
     )
     name = f"{layer.weight.name}_{number}"
     inputs = [layer.input, graphs.add_initializer(graph, name, weight)]
-    value = graphs.insert(graph, anchor, "MatMul", inputs, name=f"{layer.output.name}_{number}")
-    value.type = layer.output.type
+    dtype = layer.output.dtype
+    value = graphs.insert(
+        graph, anchor, "MatMul", inputs, name=f"{layer.output.name}_{number}", dtype=dtype
+    )
     if layer.bias is not None:
         bias = graphs.derived(layer.bias, (chosen.size,), lambda array: array[_selector(chosen)])
         name = f"{layer.bias.name}_{number}"
         inputs = [value, graphs.add_initializer(graph, name, bias)]
-        value = graphs.insert(graph, anchor, "Add", inputs, name=f"{value.name}_biased")
+        value = graphs.insert(
+            graph, anchor, "Add", inputs, name=f"{value.name}_biased", dtype=dtype
+        )
     return value if piece.in_place else _laid_out(graph, anchor, value, piece)
 
 
@@ -179,7 +184,9 @@ def _laid_out(graph: ir.Graph, anchor: ir.Node, value: ir.Value, piece: Columns)
     leads = len([axis for axis in piece.order if axis is not None])
     target = np.array([0] * leads + list(piece.index.shape), np.int64)
     shape = graphs.add_initializer(graph, "part_shape", target)
-    value = graphs.insert(graph, anchor, "Reshape", [value, shape], name=f"{value.name}_split")
+    value = graphs.insert(
+        graph, anchor, "Reshape", [value, shape], name=f"{value.name}_split", dtype=value.dtype
+    )
     position = leads
     axes = []
     for lead in piece.order:
@@ -188,4 +195,6 @@ def _laid_out(graph: ir.Graph, anchor: ir.Node, value: ir.Value, piece: Columns)
     if axes == list(range(len(axes))):
         return value
     name = f"{value.name}_swapped"
-    return graphs.insert(graph, anchor, "Transpose", [value], {"perm": axes}, name=name)
+    return graphs.insert(
+        graph, anchor, "Transpose", [value], {"perm": axes}, name=name, dtype=value.dtype
+    )

@@ -32,23 +32,24 @@ _END = 2**31 - 1
 
 
 def run(model: ir.Model) -> RuleReport:
-    """Raise every rotary embedding of the main graph."""
-    graph = model.graph
-    state = _State(graph)
-    for node in list(graph):
-        if node.graph is graph and node.domain == "" and node.op_type == "Add":
+    """Raise every rotary embedding of the main graph, whole or partial, to the operator."""
+    state = _State(model.graph)
+    for node in list(model.graph):
+        if node.domain == "" and node.op_type == "Add":
             _raise_decomposed(state, node)
-    for node in list(graph):
-        if node.graph is graph and node.domain == "" and node.op_type == "Concat":
+    for node in list(model.graph):
+        if node.domain == "" and node.op_type == "Concat":
             _raise_partial(state, node)
-    if state.applied:
-        graphs.remove_dead(graph)  # the 4-D embeddings of the parts
-    for node in list(graph):
-        if node.graph is graph and node.domain == "" and node.op_type == "RotaryEmbedding":
+    return state.report()
+
+
+def join_heads(model: ir.Model) -> RuleReport:
+    """Bring every RotaryEmbedding to the 3-D form; packed projections must be split before."""
+    state = _State(model.graph)
+    for node in list(model.graph):
+        if node.domain == "" and node.op_type == "RotaryEmbedding":
             _join_heads(state, node)
-    if state.applied:
-        graphs.remove_dead(graph)
-    return RuleReport(state.applied, tuple(state.skipped))
+    return state.report()
 
 
 @dataclass
@@ -60,6 +61,11 @@ class _State:
     def __post_init__(self) -> None:
         self.shapes = Shapes()
         self.tables = Tables(self.graph, self.shapes)
+
+    def report(self) -> RuleReport:
+        if self.applied:
+            graphs.remove_dead(self.graph)
+        return RuleReport(self.applied, tuple(self.skipped))
 
     def skip(self, node: ir.Node, reason: str) -> None:
         self.skipped.append(Miss(site(node), reason))
@@ -142,6 +148,7 @@ def _raise_decomposed(state: _State, node: ir.Node) -> None:
             "RotaryEmbedding",
             [x, *(table for table in tables if isinstance(table, ir.Value))],
             {"interleaved": 0},
+            dtype=x.dtype,
         )
         graphs.replace_value(node.outputs[0], raised, keep_name=True)
         state.applied += 1
@@ -187,7 +194,7 @@ def _raise_partial(state: _State, node: ir.Node) -> None:
         return
     attributes = {"rotary_embedding_dim": middle, **_kept(rotary)}
     inputs = [x, *rotary.inputs[1:]]
-    raised = graphs.insert(state.graph, node, "RotaryEmbedding", inputs, attributes)
+    raised = graphs.insert(state.graph, node, "RotaryEmbedding", inputs, attributes, dtype=x.dtype)
     graphs.replace_value(node.outputs[0], raised, keep_name=True)
     state.applied += 1
 
@@ -213,7 +220,7 @@ def _join_heads(state: _State, node: ir.Node) -> None:
         if looked_up or list(node.inputs[1:3]) != tables:
             inputs = [x, *tables]
             raised = graphs.insert(
-                state.graph, node, "RotaryEmbedding", inputs, dict(node.attributes)
+                state.graph, node, "RotaryEmbedding", inputs, dict(node.attributes), dtype=x.dtype
             )
             graphs.replace_value(node.outputs[0], raised, keep_name=True)
             state.applied += 1
@@ -235,6 +242,7 @@ def _join_heads(state: _State, node: ir.Node) -> None:
         [joined, *tables],
         attributes,
         name=f"{node.outputs[0].name}_joined",
+        dtype=x.dtype,
     )
     result = layout.split(state.graph, node, raised, found.count, found.size)
     graphs.replace_value(node.outputs[0], result, keep_name=True)

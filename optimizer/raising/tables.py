@@ -69,7 +69,12 @@ class Tables:
                 self._graph, "table_axis", np.array([axis], np.int64)
             )
             self._dropped[table] = graphs.insert(
-                self._graph, anchor, op_type, [table, axes_value], name=f"{table.name}_rows"
+                self._graph,
+                anchor,
+                op_type,
+                [table, axes_value],
+                name=f"{table.name}_rows",
+                dtype=table.dtype,
             )
         return self._dropped[table]
 
@@ -194,5 +199,10 @@ class Tables:
         name = f"{table.name}_target"
         target = graphs.insert(self._graph, anchor, "Concat", [size, ones], {"axis": 0}, name=name)
         return graphs.insert(
-            self._graph, anchor, "Expand", [table, target], name=f"{table.name}_full"
+            self._graph,
+            anchor,
+            "Expand",
+            [table, target],
+            name=f"{table.name}_full",
+            dtype=table.dtype,
         )

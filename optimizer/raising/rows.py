@@ -1,0 +1,108 @@
+"""Computes row-wise functions before a Reshape flattens the batch, not after it.
+
+Rewrite: f(Reshape(x, [-1, D])) -> Reshape(f(x), [-1, N]) for x [B, S, D]: linear layers, norms,
+         activations, additions of two values flattened alike. The Reshape wanders down until it
+         meets the one that restores the batch, and both go away (``reshapes``).
+Applies when: f treats every row of the last axis alike, by its operator and its constants
+Exactness: bitwise in exact row order; a runtime may block a GEMM of another shape differently
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from optimizer import graph as graphs
+from optimizer.nodes import dims, node_of, operand
+from optimizer.raising.base import RuleReport
+from optimizer.raising.shapes import Shapes
+
+_UNARY = frozenset(
+    {
+        "Abs", "Cast", "Celu", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish",
+        "Identity", "LeakyRelu", "Log", "Mish", "Neg", "Reciprocal", "Relu", "Selu", "Sigmoid",
+        "Softplus", "Softsign", "Sqrt", "Swish", "Tanh",
+    }
+)  # fmt: skip
+_BINARY = frozenset({"Add", "Div", "Max", "Min", "Mul", "Pow", "Sub"})
+_NORMS = frozenset({"LayerNormalization", "RMSNormalization"})
+
+
+def run(model: ir.Model) -> RuleReport:
+    """Move every flattening Reshape of the main graph below what it does not matter to."""
+    graph = model.graph
+    shapes = Shapes()
+    applied = 0
+    for node in list(graph):
+        if node.domain == "" and len(node.outputs) == 1 and _move(graph, shapes, node):
+            applied += 1
+    if applied:
+        graphs.remove_dead(graph)
+    return RuleReport(applied)
+
+
+def _flattened(shapes: Shapes, value: ir.Value | None) -> ir.Value | None:
+    """X where ``value`` [M, D] is a Reshape of x [..., D] of rank 3 or more."""
+    reshape = node_of(value, "Reshape", "Flatten")
+    if reshape is None:
+        return None
+    source = operand(reshape)
+    before, after = shapes.of(source), shapes.of(value)
+    if before is None or after is None or len(before) < 3 or len(after) != 2:
+        return None
+    return source if isinstance(after[1], int) and before[-1] == after[1] else None
+
+
+def _move(graph: ir.Graph, shapes: Shapes, node: ir.Node) -> bool:
+    output = node.outputs[0]
+    result = shapes.of(output)
+    if result is None or len(result) != 2 or not isinstance(result[1], int):
+        return False
+    inputs = _inputs_before(shapes, node)
+    if inputs is None:
+        return False
+    wide = graphs.insert(
+        graph,
+        node,
+        node.op_type,
+        inputs,
+        dict(node.attributes),
+        name=f"{output.name}_rows",
+        dtype=output.dtype,
+    )
+    target = graphs.add_initializer(graph, "flat", np.array([-1, result[1]], np.int64))
+    flat = graphs.insert(
+        graph, node, "Reshape", [wide, target], name=f"{output.name}_flat", dtype=output.dtype
+    )
+    graphs.replace_value(output, flat, keep_name=True)
+    return True
+
+
+def _inputs_before(shapes: Shapes, node: ir.Node) -> list[ir.Value | None] | None:
+    """The inputs with which the node gives the same rows before they are flattened."""
+    inputs = list(node.inputs)
+    if node.op_type in _UNARY or node.op_type in _NORMS or node.op_type == "MatMul":
+        source = _flattened(shapes, inputs[0])
+        return [source, *inputs[1:]] if source is not None and _rowwise(node) else None
+    if node.op_type not in _BINARY or len(inputs) != 2:
+        return None
+    sources = [_flattened(shapes, value) for value in inputs]
+    if sources[0] is not None and sources[1] is not None:
+        return list(sources) if shapes.same(sources[0], sources[1]) else None
+    for source, rest in ((sources[0], inputs[1]), (sources[1], inputs[0])):
+        size = None if rest is None else dims(rest)
+        if source is not None and size is not None and len(size) <= 1:
+            return [source if value is not rest else rest for value in inputs]
+    return None
+
+
+def _rowwise(node: ir.Node) -> bool:
+    """Whether the constants and attributes of a node treat all rows alike."""
+    if node.op_type in _NORMS:
+        scale = dims(operand(node, 1))
+        last = node.attributes.get_int("axis", -1) == -1
+        return last and scale is not None and len(scale) == 1
+    if node.op_type == "MatMul":
+        weight = dims(operand(node, 1))
+        return weight is not None and len(weight) == 2
+    return all(value is None or graphs.constant(value) is not None for value in node.inputs[1:])
