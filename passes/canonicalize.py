@@ -18,6 +18,8 @@ import onnx_ir as ir
 
 from optimizer.pass_base import Context, Exactness, GraphPass, PassOptions, Report, Skip
 from optimizer.raising import (
+    activations,
+    attention,
     constants,
     cse,
     inline,
@@ -25,11 +27,14 @@ from optimizer.raising import (
     norms,
     opset,
     ort_cpu,
+    packed,
     reshapes,
+    rotary,
+    rows,
     simplify,
     value_info,
 )
-from optimizer.raising.base import RuleReport
+from optimizer.raising.base import Miss, RuleReport, opset_of
 
 Rule = Callable[[ir.Model], RuleReport]
 
@@ -65,6 +70,23 @@ def clean(model: ir.Model) -> RuleReport:
     return RuleReport.total(reports)
 
 
+def heads(model: ir.Model) -> RuleReport:
+    """Raise attention and split packed projections until nothing changes.
+
+    Some projections can be told apart only once their attention is one node, some attentions are
+    recognised only once their projections are apart.
+    """
+    applied, report = 0, RuleReport()
+    for _ in range(_MAX_ROUNDS):
+        rules = (rotary.run, attention.run, clean, linears.run, packed.run)
+        reports = [rule(model) for rule in rules]
+        applied += sum(each.applied for each in reports)
+        report = RuleReport.total(reports)
+        if not clean(model).applied and not report.applied:
+            break
+    return RuleReport(applied, report.skipped)
+
+
 STEPS: tuple[Step, ...] = (
     Step("inline", inline.run),
     Step("constants", constants.lift),
@@ -76,7 +98,9 @@ STEPS: tuple[Step, ...] = (
     Step("linears", linears.run),
     Step("clean", clean),
     Step("norms", norms.run, opset=23),
+    Step("activations", activations.run, opset=20),
     Step("clean", clean),
+    Step("heads", heads, opset=23),
     Step("types", value_info.refresh),
 )
 
@@ -96,17 +120,21 @@ class Canonicalize(GraphPass[CanonicalizeOptions]):
         """Run ``STEPS`` in order."""
         del context
         counts: Counter[str] = Counter()
-        skipped: dict[Skip, None] = {}
+        skipped: dict[str, tuple[Miss, ...]] = {}
         for step in STEPS:
-            if model.opset_imports.get("", 1) < step.opset:
+            if opset_of(model) < step.opset:
                 continue
             report = step.run(model)
             counts[step.name] += report.applied
-            skipped.update((Skip(miss.site, miss.reason), None) for miss in report.skipped)
+            skipped[step.name] = report.skipped  # what the last run of the step still left alone
         applied = counts.total()
         return Report(
             modified=applied > 0,
             applied=applied,
-            skipped=tuple(skipped),
+            skipped=tuple(
+                dict.fromkeys(
+                    Skip(miss.site, miss.reason) for misses in skipped.values() for miss in misses
+                )
+            ),
             details={"steps": {name: count for name, count in counts.items() if count}},
         )

@@ -41,9 +41,9 @@ def run(model: ir.Model) -> RuleReport:
         return RuleReport(0, (Miss(model.graph.name or "graph", reason),))
     nodes = [node for node in model.graph.all_nodes() if node.domain == ""]
     misses = {
-        node.op_type: Miss(site(node), f"{reason}; the model keeps opset {version}")
+        node.op_type: Miss(site(node), f"{problem}; the model keeps opset {version}")
         for node in reversed(nodes)
-        if (reason := _problem(node, version)) is not None
+        if (problem := _problem(node, version)) is not None
     }
     if misses:
         return RuleReport(0, tuple(misses[op_type] for op_type in sorted(misses)))

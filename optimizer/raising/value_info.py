@@ -109,6 +109,10 @@ def _unnamed(shape: ir.Shape | None) -> ir.Shape | None:
 def _inferred(model: ir.Model) -> dict[str, ir.Value]:
     """Values of the main graph as ONNX's shape inference sees them."""
     bare = model.clone()
+    for node in bare.graph.all_nodes():
+        for output in node.outputs:
+            if output.dtype is None:  # half a declaration cannot be written
+                output.shape = None
     for name, value in list(bare.graph.initializers.items()):
         tensor = value.const_value
         if tensor is not None and tensor.nbytes > _SHAPE_BYTES:
