@@ -21,50 +21,19 @@ FILES = sorted([*(ROOT / "optimizer").rglob("*.py"), *(ROOT / "passes").rglob("*
 
 #: A module imports only from rows above, and within its row from modules to its left. A package
 #: counts as one module; its parts may import each other.
-LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
-    (
-        "metrics",
-        "sample_sources",
-        "samples",
-        "feeds",
-        "probes",
-        "targets",
-        "memory",
-        "listener",
-        "onnx_wire",
-    ),
-    (
-        *(
-            "graph",
-            "nodes",
-            "proto",
-            "partition",
-            "fingerprint",
-            "structure",
-            "block_parts",
-            "blocks",
-        ),
-        *("raising", "fusion", "checks", "model_input", "model_writer", "model_io"),
-        *("frontends", "runners"),
-    ),
-    ("observers", "calibration", "pass_base", "generation", "legalize"),
-    ("passes",),
-    (
-        *(
-            "budget",
-            "recipe",
-            "provenance",
-            "report",
-            "verify_values",
-            "verify",
-            "pipeline",
-            "bench_stats",
-        ),
-        *("benchmark", "export", "inspection", "comparison"),
-    ),
-    ("progress", "api", "cli", "__main__"),
-)
+LAYERS = [
+    row.split()
+    for row in (
+        "errors",
+        "machine metrics sample_sources samples feeds probes targets memory listener onnx_wire",
+        "graph nodes proto partition fingerprint structure block_parts blocks raising fusion "
+        "checks model_input model_writer model_io frontends runners",
+        "observers calibration pass_base generation legalize",
+        "passes",
+        "budget recipe provenance report verify pipeline benchmark export inspection comparison",
+        "progress job api cli __main__",
+    )
+]
 #: Where these may be imported; everything else works without them.
 RUNTIMES = {
     "onnxruntime": ("optimizer/runners/", "optimizer/frontends/"),

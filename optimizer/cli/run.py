@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from optimizer.cli.tools import shape_option
 from optimizer.errors import EXIT_BUDGET, EXIT_DONE
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -110,6 +111,7 @@ _proof = _options(
         help="Measure, and exit 4 unless the result is X times as fast.",
     ),
     click.option("--bench", is_flag=True, help="Measure the latency before and after."),
+    shape_option,
     click.option(
         "--keep", is_flag=True, help="Write the result although it misses budget or speed-up."
     ),

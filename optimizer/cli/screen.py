@@ -19,6 +19,7 @@ from optimizer.report import Row, RunReport
 
 if TYPE_CHECKING:
     from optimizer.api import Result
+    from optimizer.benchmark import BenchmarkResult
 
 _WIDE = 110  # columns where there is no terminal to ask
 
@@ -164,6 +165,33 @@ def drift_text(drift: Drift) -> str:
             f"({100 * (ratio - 1):+.2f} %)"
         )
     return ", ".join(parts)
+
+
+def print_bench(result: BenchmarkResult) -> None:
+    """The answer of ``optimize bench``."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("model")
+    for title in ("median", "fastest", "p95", "speed-up", "95 % interval", "load"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for timing in result.timings:
+        low, high = timing.interval
+        table.add_row(
+            Text(timing.label),
+            *(f"{ms:.3f} ms" for ms in (timing.median_ms, timing.min_ms, timing.p95_ms)),
+            f"{timing.speedup:.2f}",
+            f"{low:.2f} - {high:.2f}",
+            f"{timing.load_seconds:.2f} s",
+        )
+    out = console()
+    out.print(table)
+    shapes = ", ".join(f"{name} {list(shape)}" for name, shape in list(result.shapes.items())[:4])
+    more = f", ... {len(result.shapes) - 4} more" if len(result.shapes) > 4 else ""
+    out.print(
+        Text(
+            f"{result.rounds} rounds, {result.threads} thread(s), {shapes}{more}\n"
+            f"{result.machine['cpu']}, ONNX Runtime {result.machine['versions']['onnxruntime']}"
+        )
+    )
 
 
 def print_description(content: dict[str, Any]) -> None:

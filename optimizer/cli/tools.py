@@ -12,6 +12,31 @@ import click
 from optimizer.errors import EXIT_BUDGET, EXIT_DONE, EXIT_VERIFICATION
 
 _FILE = click.Path(path_type=Path)
+
+
+def parse_shapes(
+    _ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]
+) -> dict[str, int]:
+    """``NAME=N`` words as a mapping."""
+    found = {}
+    for word in values:
+        name, _, size = word.partition("=")
+        if not name or not size.isdecimal():
+            msg = f"found '{word}', expected NAME=N, such as sequence=128"
+            raise click.BadParameter(msg)
+        found[name] = int(size)
+    return found
+
+
+shape_option = click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="NAME=N",
+    callback=parse_shapes,
+    help="Length of a dynamic axis when measuring latency: batch, sequence, past, or the axis's "
+    "name (repeatable).",
+)
 _HELP = {"help_option_names": ["-h", "--help"]}
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 _data = click.option("--eval", "data", metavar="DATA", help="Sample data; see 'optimize --help'.")
@@ -142,24 +167,31 @@ def check_command(first: Path, second: Path, budget: str, as_json: bool, **optio
 
 @click.command("bench", context_settings=_HELP)
 @click.argument("models", metavar="A.onnx [B.onnx ...]", type=_FILE, nargs=-1, required=True)
-@_data
+@shape_option
 @_threads
 @click.option("--rounds", type=click.IntRange(3), default=30, show_default=True)
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--sequence", type=click.IntRange(1), help="Tokens per run, where it is dynamic.")
-@click.option("--past", type=click.IntRange(0), help="Cached tokens per run, with a KV cache.")
 @click.option(
     "--require-speedup", type=float, metavar="X", help="Exit 4 unless the last is X times faster."
 )
 @_custom_ops
 @_json
 def bench_command(models: tuple[Path, ...], as_json: bool, **options: Any) -> int:  # noqa: FBT001
-    """Measure the latency of models on the CPU, interleaved, against that of the first."""
-    from optimizer.api import bench
+    """Measure the latency of models on the CPU, taking turns, against that of the first."""
+    from optimizer.benchmark import Setup, benchmark
+    from optimizer.calibration import input_specs
     from optimizer.cli import screen
+    from optimizer.feeds import Sizes
+    from optimizer.model_io import load_model
+    from optimizer.progress import start_listening
 
-    required = options.pop("require_speedup")
-    result = bench(models, **options)
+    required, rounds = options.pop("require_speedup"), options.pop("rounds")
+    sizes = Sizes.parse(options.pop("shapes"))
+    with start_listening(quiet=as_json, verbose=False) as listener:
+        loaded = [load_model(path, options["custom_ops"], check_numbers=False) for path in models]
+        vocabulary = next((s.vocab for s in input_specs(loaded[0]) if s.vocab is not None), None)
+        listener.stage("measuring latency")
+        setup = Setup(sizes=sizes, vocabulary=vocabulary, **options)
+        result = benchmark(models, setup, rounds=rounds, progress=listener.progress)
     if as_json:
         screen.print_json(result.as_dict())
     else:
