@@ -78,7 +78,7 @@ def heads(model: ir.Model) -> RuleReport:
     """
     applied, report = 0, RuleReport()
     for _ in range(_MAX_ROUNDS):
-        rules = (rotary.run, attention.run, clean, linears.run, packed.run)
+        rules = (rotary.run, attention.run, clean, linears.run, rows.run, packed.run)
         reports = [rule(model) for rule in rules]
         applied += sum(each.applied for each in reports)
         report = RuleReport.total(reports)
@@ -96,6 +96,7 @@ STEPS: tuple[Step, ...] = (
     Step("clean", clean),
     Step("runtime forms", ort_cpu.run),
     Step("linears", linears.run),
+    Step("rows", rows.run),
     Step("clean", clean),
     Step("norms", norms.run, opset=23),
     Step("activations", activations.run, opset=20),

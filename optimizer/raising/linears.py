@@ -1,7 +1,6 @@
 """Linear layers become ``Add(MatMul(x, W), b)`` with W [K, N] and b [N] constant.
 
 Rewrite:      Gemm(x, W, b), with or without transposed W, alpha, beta -> Add(MatMul(x, W'), b')
-              Reshape(x, [-1, K]) -> linear -> ...  ->  linear(x) -> Reshape
               Conv over one position between two Transposes -> linear
               Add(b, MatMul(x, W)) -> Add(MatMul(x, W), b); b [1, .., N] -> [N]
 Applies when: W is constant (an initializer, or one that is dequantized); a W that other operators
@@ -19,15 +18,9 @@ import numpy as np
 import onnx_ir as ir
 
 from optimizer.graph import add_initializer, constant, derived, insert, replace_value
-from optimizer.raising.base import LocalRule, Miss, RuleReport, produced_by, site, sweep
+from optimizer.raising.base import Miss, RuleReport, produced_by, site, sweep
 from optimizer.raising.constants import GROWTH_LIMIT
 from optimizer.raising.shapes import Shapes
-
-#: Operators on each number alone, through which a Reshape may sink.
-_ELEMENTWISE = frozenset(
-    {"Cast", "Clip", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish", "Neg"}
-    | {"Relu", "Selu", "Sigmoid", "Softplus", "Sqrt", "Swish", "Tanh"}
-)
 
 
 def run(model: ir.Model) -> RuleReport:
@@ -41,11 +34,7 @@ def run(model: ir.Model) -> RuleReport:
             "Conv": _pointwise,
         },
     )
-    shapes = Shapes()
-    biased = sweep(model, {"Add": partial(_bias, shapes=shapes)})
-    sink: LocalRule = partial(_sink, shapes=shapes)
-    sunk = sweep(model, dict.fromkeys(("MatMul", "Add", *_ELEMENTWISE), sink))
-    return RuleReport.total([raised, biased, sunk])
+    return RuleReport.total([raised, sweep(model, {"Add": partial(_bias, shapes=Shapes())})])
 
 
 def weight_of(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -82,9 +71,7 @@ def _gemm(node: ir.Node, cache: dict[ir.Value, ir.Value]) -> bool | Miss:
     )  # fmt: skip
     if third is not None:
         bias = _vector(graph, third, int(columns), beta)
-        y = insert(
-            graph, node, "Add", (y, bias), name=output.name, dtype=output.dtype, shape=shape
-        )
+        y = insert(graph, node, "Add", (y, bias), name=output.name, dtype=output.dtype, shape=shape)
     replace_value(output, y, keep_name=True)
     return True
 
@@ -136,9 +123,7 @@ def _transpose(
     return result
 
 
-def _changed(
-    graph: ir.Graph, value: ir.Value, fn: Callable[[np.ndarray], np.ndarray]
-) -> ir.Value:
+def _changed(graph: ir.Graph, value: ir.Value, fn: Callable[[np.ndarray], np.ndarray]) -> ir.Value:
     """A new constant ``fn(value)``; fn is None for its shape only where it transposes."""
     shape = tuple(value.const_value.shape.numpy()) if value.const_value is not None else ()
     shape = shape[::-1] if fn is np.transpose else shape
@@ -203,38 +188,6 @@ def _pointwise(node: ir.Node) -> bool:
         y = insert(graph, node, "Add", (y, node.inputs[2]), name=output.name, dtype=x.dtype)
     for user in after:
         replace_value(user.outputs[0], y)
-    return True
-
-
-def _sink(node: ir.Node, shapes: Shapes) -> bool:
-    """Move a Reshape that merges leading dimensions behind an operator on the last one."""
-    inner = produced_by(node.inputs[0], "Reshape")
-    graph, output = node.graph, node.outputs[0]
-    if inner is None or inner.inputs[0] is None or not isinstance(graph, ir.Graph):
-        return False
-    x = inner.inputs[0]
-    full, merged, result = (shapes.of(v) for v in (x, inner.outputs[0], output))
-    if full is None or merged is None or result is None or len(full) <= len(merged):
-        return False
-    if len(merged) != 2 or full[-1] != merged[-1] or not isinstance(result[-1], int):
-        return False
-    for other in node.inputs[1:]:
-        tensor = weight_of(other)
-        if tensor is None or len(tensor.shape) > (2 if node.op_type == "MatMul" else 1):
-            return False
-    if len(result) != 2:
-        return False
-    dims = [*(x.shape or (None,) * len(full))][:-1]
-    y = insert(
-        graph, node, node.op_type, (x, *node.inputs[1:]), dict(node.attributes.items()),
-        name=f"{output.name}/full", dtype=output.dtype, shape=[*dims, result[-1]],
-    )  # fmt: skip
-    target = np.array([-1, result[-1]], dtype=np.int64)
-    flat = insert(
-        graph, node, "Reshape", (y, add_initializer(graph, f"{output.name}/shape", target)),
-        name=output.name, dtype=output.dtype, shape=output.shape,
-    )  # fmt: skip
-    replace_value(output, flat, keep_name=True)
     return True
 
 
