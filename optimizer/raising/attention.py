@@ -50,6 +50,10 @@ def run(model: ir.Model) -> RuleReport:
     return RuleReport.total([joined, RuleReport(state.applied, tuple(state.skipped))])
 
 
+#: Attention-23: the fourth output is the result of the Softmax.
+_PROBABILITIES = 3
+
+
 @dataclass
 class _State:
     graph: ir.Graph
@@ -74,24 +78,38 @@ def _raise_decomposed(state: _State, softmax: ir.Node) -> int | str:
         return 0
     if isinstance(found, str):
         return found
-    weighted = spelled.weighted_values(softmax)
+    weighted = spelled.weighted_values(found.result)
     if isinstance(weighted, str):
         return weighted
-    product, values = weighted
-    mask = state.masks.combine(found.parts, softmax)
+    mask = state.masks.combine(list(found.parts), softmax)
     if isinstance(mask, str):
         return mask
-    keys = found.keys
-    if found.order != (0, 1, 2, 3):
-        keys = graphs.insert(state.graph, product, "Transpose", [keys], {"perm": found.order})
-    inputs = [found.query, keys, values, *([] if mask is None else [mask])]
-    attributes = {"scale": found.scale, "softcap": found.softcap, "is_causal": 0}
-    output = product.outputs[0]
-    raised = graphs.insert(
-        state.graph, product, "Attention", inputs, attributes, dtype=output.dtype
+    anchor, output = weighted.product, weighted.product.outputs[0]
+    query, keys = (_in_order(state.graph, anchor, side) for side in (found.query, found.keys))
+    made = graphs.insert(
+        state.graph,
+        anchor,
+        "Attention",
+        [query, keys, weighted.values, *([] if mask is None else [mask])],
+        {"scale": found.scale, "softcap": found.softcap, "is_causal": 0}
+        | ({"qk_matmul_output_mode": _PROBABILITIES} if weighted.read_elsewhere else {}),
+        dtype=(output.dtype,) * (4 if weighted.read_elsewhere else 1),
+        outputs=4 if weighted.read_elsewhere else 1,
     )
-    graphs.replace_value(output, raised, keep_name=True)
+    results = made if isinstance(made, tuple) else (made,)
+    graphs.replace_value(output, results[0], keep_name=True)
+    if weighted.read_elsewhere:
+        state.graph.remove(anchor, safe=True)
+        graphs.replace_value(weighted.probabilities, results[3], keep_name=True)
     return 1
+
+
+def _in_order(graph: ir.Graph, anchor: ir.Node, side: spelled.Side) -> ir.Value:
+    if side.order == (0, 1, 2, 3):
+        return side.value
+    return graphs.insert(
+        graph, anchor, "Transpose", [side.value], {"perm": side.order}, dtype=side.value.dtype
+    )
 
 
 @dataclass(frozen=True)
@@ -119,8 +137,8 @@ def _to_canonical(state: _State, node: ir.Node) -> int | str:
 
 
 def _site(state: _State, node: ir.Node) -> _Site | str:
-    if any(output.uses() for output in node.outputs[1:]):
-        return "the Attention has outputs besides its result that are used"
+    if any(output.uses() or output.is_graph_output() for output in node.outputs[1:3]):
+        return "a 4-D Attention whose present keys or values are used"
     if optional(node, 4) is not None or optional(node, 6) is not None:
         return "a 4-D Attention with its own cache"
     query = layout.find(state.shapes, operand(node))
@@ -176,7 +194,10 @@ def _rewrite(state: _State, found: _Site) -> None:
     elif mask is None:
         inputs.pop()
     attributes = dict(node.attributes)
-    attributes.pop("qk_matmul_output_mode", None)
+    scores = node.outputs[3] if len(node.outputs) > 3 else None
+    if scores is None or not (scores.uses() or scores.is_graph_output()):
+        attributes.pop("qk_matmul_output_mode", None)
+        scores = None
     attributes |= {
         "q_num_heads": ir.AttrInt64("q_num_heads", found.query.count),
         "kv_num_heads": ir.AttrInt64("kv_num_heads", found.keys.count),
@@ -184,7 +205,7 @@ def _rewrite(state: _State, found: _Site) -> None:
     scale = node.attributes.get_float("scale", float(found.query.size) ** -0.5)
     attributes["scale"] = ir.AttrFloat32("scale", scale * factor)
     old = node.outputs[0]
-    count = 1 if found.cache is None else 3
+    count = 4 if scores is not None else 1 if found.cache is None else 3
     made = graphs.insert(
         graph, node, "Attention", inputs, attributes, name=f"{old.name}_joined", outputs=count
     )
@@ -192,6 +213,8 @@ def _rewrite(state: _State, found: _Site) -> None:
     for output in outputs:
         output.type = old.type
     _split_result(state, node, old, outputs[0], found)
+    if scores is not None:
+        graphs.replace_value(scores, outputs[3], keep_name=True)
     if found.cache is not None:
         graphs.replace_value(found.cache.all_keys, outputs[1])
         graphs.replace_value(found.cache.all_values, outputs[2])

@@ -21,6 +21,8 @@ from optimizer.nodes import node_of, operand
 from optimizer.raising.dims import Dim
 from optimizer.raising.shapes import Shapes
 
+_DTYPES = {"And": ir.DataType.BOOL, "Not": ir.DataType.BOOL, "Shape": ir.DataType.INT64}
+
 
 @dataclass(frozen=True)
 class Part:
@@ -133,7 +135,10 @@ class Masks:
         key = op_type, tuple(inputs), tuple(attributes.items())
         if key not in self._made:
             name = f"{inputs[0].name}_{op_type.lower()}"
+            dtype = _DTYPES.get(
+                op_type, inputs[-1].dtype if op_type == "Where" else inputs[0].dtype
+            )
             self._made[key] = graphs.insert(
-                self._graph, anchor, op_type, inputs, attributes, name=name
+                self._graph, anchor, op_type, inputs, attributes, name=name, dtype=dtype
             )
         return self._made[key]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from optimizer import graph as graphs
-from optimizer.nodes import by_constant, node_of, operand, operands, perm
+from optimizer.nodes import by_constant, node_of, operand, operands, perm, users
 from optimizer.raising.masks import Part, is_lowest
 from optimizer.raising.shapes import Shapes
 
@@ -19,39 +19,84 @@ _KEY_ORDERS: dict[tuple[int, ...], tuple[int, ...]] = {
 }
 
 
-@dataclass
+_SWAP_LAST = (0, 1, 3, 2)
+
+
+@dataclass(frozen=True)
+class Side:
+    """Queries or keys of a product of scores.
+
+    Attributes:
+        value: [B, H, S, c] or, with ``order`` (0, 2, 1, 3), [B, S, H, c].
+        order: The axes' order that brings ``value`` to [B, H, S, c].
+    """
+
+    value: ir.Value
+    order: tuple[int, ...] = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True)
 class Scores:
     """``softmax(softcap(scale * q @ k^T) + masks)`` and how it was written.
 
     Attributes:
-        query: [B, H, S, c].
-        keys: [B, H or 1, T, c] or, with ``order`` (0, 2, 1, 3), [B, T, H, c].
-        order: The axes' order that brings ``keys`` to [B, H, T, c].
         scale: The product of all constant factors.
         softcap: 0 for none.
         parts: What masks the scores.
+        result: The probabilities [B, H, S, T].
     """
 
-    query: ir.Value
-    keys: ir.Value
-    order: tuple[int, ...]
-    scale: float = 1.0
-    softcap: float = 0.0
-    parts: list[Part] = field(default_factory=list)
+    query: Side
+    keys: Side
+    scale: float
+    softcap: float
+    parts: tuple[Part, ...]
+    result: ir.Value
 
 
 def read(shapes: Shapes, softmax: ir.Node) -> Scores | str | None:
     """The scores under a Softmax; a reason if they are nearly an attention's, else None."""
     value = operand(softmax)
-    shape = shapes.of(value)
     product = _product_under(value)
     if product is None:
         return None
+    shape = shapes.of(value)
     if shape is not None and len(shape) != 4:
         return f"scores of rank {len(shape)}, expected [batch, heads, queries, keys]"
-    rank = 4 if shape is None else len(shape)
-    if softmax.attributes.get_int("axis", -1) not in (-1, rank - 1):
+    turned = _turned_back(softmax)
+    if turned is None and softmax.attributes.get_int("axis", -1) not in (-1, 3):
         return "the Softmax is not over the keys"
+    found = _walk(value, product)
+    if isinstance(found, str):
+        return found
+    scale, softcap, parts = found
+    if turned is not None and parts:
+        return "a mask on scores [batch, heads, keys, queries]"
+    sides = _sides(product)
+    if isinstance(sides, str):
+        return sides
+    left, right, factor = sides
+    # Outside of the Tanh is the cap c, inside was 1/c times the scale.
+    scale *= factor * (softcap or 1.0)
+    query, keys = (left, right) if turned is None else (right, left)
+    rank = shapes.of(query.value)
+    if rank is None or len(rank) != 4:
+        return "the rank of the queries is not known to be 4"
+    return Scores(query, keys, scale, softcap, tuple(parts), turned or softmax.outputs[0])
+
+
+def _turned_back(softmax: ir.Node) -> ir.Value | None:
+    """The Transpose of a Softmax over the keys of ``k @ q^T``, as TensorFlow writes it."""
+    if softmax.attributes.get_int("axis", -1) not in (2, -2):
+        return None
+    user = graphs.only_user(softmax.outputs[0])
+    if user is None or user.op_type != "Transpose" or user.domain != "":
+        return None
+    return user.outputs[0] if perm(user, 4) == _SWAP_LAST else None
+
+
+def _walk(value: ir.Value, product: ir.Node) -> tuple[float, float, list[Part]] | str:
+    """(scale inside of the soft cap, soft cap, masks) between the product and the Softmax."""
     parts: list[Part] = []
     scale, softcap = 1.0, 0.0
     for _ in range(_MAX_STEPS):
@@ -61,43 +106,34 @@ def read(shapes: Shapes, softmax: ir.Node) -> Scores | str | None:
         step = _step(node)
         if isinstance(step, str):
             return step
-        if isinstance(step[1], Part):
+        value, effect = step
+        if isinstance(effect, Part):
             if scale != 1.0 or softcap:
                 return "the mask is applied before the scale"
-            parts.append(step[1])
+            parts.append(effect)
         elif node.op_type == "Tanh":
             if softcap or scale <= 0:
                 return "a Tanh on the scores that is no soft cap"
             scale, softcap = 1.0, scale
         else:
-            scale *= step[1]
-        value = step[0]
-    return _finish(shapes, product, scale, softcap, parts)
+            scale *= effect
+    return scale, softcap, parts
 
 
-def _finish(
-    shapes: Shapes, product: ir.Node, scale: float, softcap: float, parts: list[Part]
-) -> Scores | str:
-    left, right = operands(product)
-    query, factor = unscaled(left)
+def _sides(product: ir.Node) -> tuple[Side, Side, float] | str:
+    """(left, right before its Transpose, product of the factors) of ``left @ right``."""
+    first, second = operands(product)
+    left, scale = unscaled(first)
+    turned, factor = unscaled(second)
     scale *= factor
-    keys, factor = unscaled(right)
-    scale *= factor
-    transpose = node_of(keys, "Transpose")
+    transpose = node_of(turned, "Transpose")
     if transpose is None:
         return "the keys are not transposed"
     order = _KEY_ORDERS.get(perm(transpose, 4))
     if order is None:
         return f"the keys are transposed by {list(perm(transpose, 4))}"
-    source, factor = unscaled(operand(transpose))
-    scale *= factor
-    if softcap:
-        # Outside of the Tanh is the cap c, inside was 1/c times the scale.
-        scale *= softcap
-    shape = shapes.of(query)
-    if shape is None or len(shape) != 4:
-        return "the rank of the queries is not known to be 4"
-    return Scores(query, source, order, scale, softcap, parts)
+    right, factor = unscaled(operand(transpose))
+    return Side(left), Side(right, order), scale * factor
 
 
 def unscaled(value: ir.Value) -> tuple[ir.Value, float]:
@@ -152,21 +188,37 @@ def _product_under(value: ir.Value) -> ir.Node | None:
     return None
 
 
-def weighted_values(softmax: ir.Node) -> tuple[ir.Node, ir.Value] | str:
-    """(MatMul, values) that the probabilities of ``softmax`` go into."""
-    value = softmax.outputs[0]
+@dataclass(frozen=True)
+class Weighted:
+    """Where the probabilities go.
+
+    Attributes:
+        product: The MatMul of probabilities and values.
+        values: [B, H, T, c].
+        probabilities: [B, H, S, T].
+        read_elsewhere: Whether anything else reads the probabilities.
+    """
+
+    product: ir.Node
+    values: ir.Value
+    probabilities: ir.Value
+    read_elsewhere: bool
+
+
+def weighted_values(value: ir.Value) -> Weighted | str:
+    """The MatMul that the probabilities ``value`` go into."""
     guard = [use.node for use in value.uses() if use.node.op_type == "IsNaN"]
     if len(guard) == 1 and guard[0].domain == "":
-        value_or_reason = _without_guard(value, guard[0])
-        if isinstance(value_or_reason, str):
-            return value_or_reason
-        value = value_or_reason
-    user = graphs.only_user(value)
-    if user is None:
-        return "the attention probabilities are used elsewhere"
-    if user.op_type != "MatMul" or user.domain != "" or user.inputs[0] is not value:
+        guarded = _without_guard(value, guard[0])
+        if isinstance(guarded, str):
+            return guarded
+        value = guarded
+    products = [node for node in users(value, "MatMul") if node.inputs[0] is value]
+    if len(products) != 1:
         return "the attention probabilities are not multiplied by values"
-    return user, operand(user, 1)
+    values = operand(products[0], 1)
+    elsewhere = len(value.uses()) > 1 or value.is_graph_output()
+    return Weighted(products[0], values, value, elsewhere)
 
 
 def _without_guard(value: ir.Value, guard: ir.Node) -> ir.Value | str:
@@ -174,6 +226,6 @@ def _without_guard(value: ir.Value, guard: ir.Node) -> ir.Value | str:
     where = graphs.only_user(guard.outputs[0])
     if where is None or where.op_type != "Where" or operand(where, 2) is not value:
         return "the attention probabilities are checked for NaN in an unknown way"
-    if graphs.scalar(operand(where, 1)) != 0 or len(value.uses()) != 2:
+    if graphs.scalar(operand(where, 1)) != 0 or len(value.uses()) != 2 or value.is_graph_output():
         return "the attention probabilities are used elsewhere"
     return where.outputs[0]

@@ -144,7 +144,9 @@ class Tables:
             narrow = self._half(source, anchor)
             inputs = [narrow if v is source else v for v in node.inputs]
             attributes = dict(node.attributes)
-            result = graphs.insert(self._graph, anchor, node.op_type, inputs, attributes, name=name)
+            result = graphs.insert(
+                self._graph, anchor, node.op_type, inputs, attributes, name=name, dtype=value.dtype
+            )
         self._halves[value] = result
         return result
 
@@ -184,6 +186,7 @@ class Tables:
                 [table, positions],
                 {"axis": 0},
                 name=f"{table.name}_rows",
+                dtype=table.dtype,
             )
         if shape[0] != batch:
             result = self._expanded(result, x, anchor)
@@ -192,12 +195,16 @@ class Tables:
 
     def _expanded(self, table: ir.Value, x: ir.Value, anchor: ir.Node) -> ir.Value:
         """``table`` with the batch of ``x``; nothing changes where it has that batch already."""
+        integers = ir.DataType.INT64
+        name = f"{table.name}_batch"
         size = graphs.insert(
-            self._graph, anchor, "Shape", [x], {"start": 0, "end": 1}, name=f"{table.name}_batch"
+            self._graph, anchor, "Shape", [x], {"start": 0, "end": 1}, name=name, dtype=integers
         )
         ones = graphs.add_initializer(self._graph, "ones", np.ones(2, np.int64))
         name = f"{table.name}_target"
-        target = graphs.insert(self._graph, anchor, "Concat", [size, ones], {"axis": 0}, name=name)
+        target = graphs.insert(
+            self._graph, anchor, "Concat", [size, ones], {"axis": 0}, name=name, dtype=integers
+        )
         return graphs.insert(
             self._graph,
             anchor,
