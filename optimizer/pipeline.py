@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from optimizer import checks, graph, memory, verify
@@ -168,7 +169,8 @@ class Run:
         if self._reference is None or self.data.measuring is None:
             return None
         self.listener.stage(f"{name}: measuring drift")
-        with blame(name):
+        # A model that overflows is reported below, not by numpy's warnings.
+        with blame(name), np.errstate(all="ignore"):
             drift = self.data.measuring.drift(self._reference, self.model)
         if not math.isfinite(drift.relative_l2):
             msg = (

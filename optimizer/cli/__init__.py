@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,7 +113,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def run_command(args: list[str]) -> int:
     """Run the command line and return the exit code, printing at most four lines of error."""
-    verbose = any(item in ("-v", "-vv", "--verbose") for item in args)
+    verbose = any(item in ("-v", "--verbose") for item in args)
+    if not verbose:
+        warnings.simplefilter("ignore")  # those of libraries; ours are notes of the listener
     try:
         result: Any = cli.main(args, prog_name="optimize", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

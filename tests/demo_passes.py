@@ -1,0 +1,143 @@
+"""Small passes that do, or fail to do, one thing each: for tests of what surrounds passes."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from pydantic import Field
+
+from optimizer.pass_base import Context, Exactness, GraphPass, PassOptions, Report, Skip
+
+
+class ScaleOptions(PassOptions):
+    """By how much."""
+
+    factor: float = Field(default=1.001, description="Factor on the weight of the last product.")
+
+
+def last_product(model: ir.Model) -> ir.Node:
+    """The MatMul that writes the logits."""
+    return next(node for node in reversed(model.graph) if node.op_type == "MatMul")
+
+
+def scale(model: ir.Model, factor: float) -> Report:
+    """Multiply a weight."""
+    value = last_product(model).inputs[1]
+    assert value is not None
+    assert value.const_value is not None
+    array = value.const_value.numpy() * np.float32(factor)
+    value.const_value = ir.Tensor(array.astype(np.float32), name=value.name)
+    return Report(modified=True, applied=1, sites=("logits",), details={"factor": factor})
+
+
+class Scale(GraphPass[ScaleOptions]):
+    """Approximate, and says so."""
+
+    name = "scale"
+    exactness = Exactness.APPROXIMATE
+    Options = ScaleOptions
+
+    def call(self, model: ir.Model, context: Context) -> Report:
+        """Scale."""
+        del context
+        return scale(model, self.options.factor)
+
+
+class Wrong(Scale):
+    """Approximate, but claims to be exact."""
+
+    name = "wrong"
+    exactness = Exactness.REASSOCIATED
+
+
+class Swap(GraphPass[PassOptions]):
+    """a + b = b + a, bit by bit."""
+
+    name = "swap"
+    exactness = Exactness.BITWISE
+    after = ("scale",)
+
+    def call(self, model: ir.Model, context: Context) -> Report:
+        """Swap the operands of every Add."""
+        del context
+        adds = [node for node in model.graph if node.op_type == "Add"]
+        for node in adds:
+            first, second = node.inputs
+            node.replace_input_with(0, second)
+            node.replace_input_with(1, first)
+        return Report(modified=bool(adds), applied=len(adds))
+
+
+class Nothing(GraphPass[PassOptions]):
+    """Never matches."""
+
+    name = "nothing"
+    exactness = Exactness.BITWISE
+
+    def call(self, model: ir.Model, context: Context) -> Report:
+        """Skip two sites."""
+        del model, context
+        return Report(
+            modified=False,
+            skipped=(Skip("layer 0", "it is not blue"), Skip("layer 1", "it is not blue")),
+        )
+
+
+class Liar(Scale):
+    """Changes the graph and denies it."""
+
+    name = "liar"
+
+    def call(self, model: ir.Model, context: Context) -> Report:
+        """Scale, and say nothing."""
+        super().call(model, context)
+        return Report(modified=False)
+
+
+class Crash(Nothing):
+    """Has a defect."""
+
+    name = "crash"
+
+    def call(self, model: ir.Model, context: Context) -> Report:
+        """Fail."""
+        del model, context
+        raise KeyError("some key")
+
+
+class Interrupted(Nothing):
+    """The user presses Ctrl-C while it runs."""
+
+    name = "interrupted"
+
+    def call(self, model: ir.Model, context: Context) -> Report:
+        """Stop."""
+        raise KeyboardInterrupt
+
+
+class Hungry(Nothing):
+    """Needs sample data, and looks at it."""
+
+    name = "hungry"
+
+    def needs_calibration(self) -> bool:
+        """Always."""
+        return True
+
+    def call(self, model: ir.Model, context: Context) -> Report:
+        """Count samples."""
+        del model
+        assert context.calibration is not None
+        return Report(modified=False, details={"samples": context.calibration.samples.count})
+
+
+class Explode(GraphPass[PassOptions]):
+    """Makes the outputs infinite."""
+
+    name = "explode"
+    exactness = Exactness.APPROXIMATE
+
+    def call(self, model: ir.Model, context: Context) -> Report:
+        """Scale beyond all bounds."""
+        del context
+        return scale(model, 3e38)
