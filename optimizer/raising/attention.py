@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
 
 from optimizer import graph as graphs
@@ -222,10 +223,14 @@ def _rewrite(state: _State, found: _Site) -> None:
 
 def _split_result(state: _State, node: ir.Node, old: ir.Value, new: ir.Value, found: _Site) -> None:
     """Let the users of [B, H, S, c] read [B, S, H*c]; a Transpose back is not even built."""
-    split = layout.split(state.graph, node, new, found.query.count, found.values.size)
+    count, size = found.query.count, found.values.size
+    split = layout.split(state.graph, node, new, count, size)
     rows = layout.swapped(split)
     for user in list(users(old, "Transpose")):
         if rows is not None and layout.swapped(user.outputs[0]) is old:
             graphs.replace_value(user.outputs[0], rows, keep_name=True)
     if old.uses() or old.is_graph_output():
+        if count == 1:  # nothing to transpose, which a Reshape that follows can tell
+            axis = graphs.add_initializer(state.graph, "heads_axis", np.array([1], np.int64))
+            split = graphs.insert(state.graph, node, "Unsqueeze", [new, axis], dtype=new.dtype)
         graphs.replace_value(old, split, keep_name=True)
