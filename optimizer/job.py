@@ -22,7 +22,7 @@ from optimizer.feeds import Sizes
 from optimizer.generation import self_samples
 from optimizer.listener import Listener, Silent
 from optimizer.model_io import external_files, hash_file, load_model
-from optimizer.model_writer import check_output
+from optimizer.model_writer import ExternalData, check_output
 from optimizer.pipeline import Data, Run, require_data
 from optimizer.recipe import Recipe, to_toml
 from optimizer.report import RunReport, make_manifest
@@ -295,6 +295,12 @@ class Job:
         feed = next(iter(self._data.measuring.samples)).feed
         return {name: array for name, array in feed.items() if name not in pasts}
 
+    def _external_data(self, sources: Sequence[Path]) -> ExternalData:
+        """``auto`` also keeps weights outside where the input had them outside."""
+        chosen = self.recipe.settings.external_data
+        outside = len({item.resolve() for item in sources}) > 1
+        return "always" if chosen == "auto" and outside else chosen
+
     def _write(
         self, model: ir.Model, report: RunReport, output: Path, protected: Sequence[Path]
     ) -> Result:
@@ -325,7 +331,7 @@ class Job:
                 data=digests,
                 kv_cache=cache or None,
             ),
-            external_data=settings.external_data,
+            external_data=self._external_data(protected),
             force=self.request.force,
             protected=protected,
             progress=self.listener.progress,

@@ -24,6 +24,8 @@ def stamp(model: ir.Model, recipe: Recipe) -> None:
     Only settings that change the result are kept, so that the bytes depend on nothing else.
     """
     content = recipe.as_dict()
+    for step, written in zip(recipe.steps, content["passes"], strict=True):
+        written["pass"] = step.name  # without the path of a pass that came from a file
     kept = {key: content[key] for key in _STAMPED if content[key] is not None}
     _drop_tracing(model)
     model.producer_name = "optimize-onnx"
