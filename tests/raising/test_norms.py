@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from rule_case import apply, graph, only, ops, refuses
+
+from optimizer.raising import norms
+
+AXIS = "int64[1] last = {-1}"
+SHARED = (
+    AXIS + ", float two = {2}, float e = {0.01}, float one = {1}, float half = {-0.5}, "
+    "float[4] w = {2, 0.5, -1, 3}, float[4] b = {1, -2, 0.25, 4}, "
+    "float[1,1,4] wide = {2, 0.5, -1, 3}"
+)
+SQUARE = "p = Pow(x, two)  m = ReduceMean<keepdims = 1>(p, last)  v = Add(m, e)  s = Sqrt(v)"
+CENTRE = "mu = ReduceMean<keepdims = 1>(x, last)  d = Sub(x, mu)"
+SPREAD = (
+    f"{CENTRE}  p = Mul(d, d)  m = ReduceMean<keepdims = 1>(p, last)  v = Add(m, e)  s = Sqrt(v)"
+)
+
+RMS = {
+    "reciprocal": f"{SQUARE}  r = Reciprocal(s)  n = Mul(x, r)  y = Mul(w, n)",
+    "division": f"{SQUARE}  n = Div(x, s)  y = Mul(n, w)",
+    "one over": f"{SQUARE}  r = Div(one, s)  n = Mul(r, x)  y = Mul(n, w)",
+    "scale [1, 1, D]": f"{SQUARE}  n = Div(x, s)  y = Mul(n, wide)",
+    "epsilon first": SQUARE.replace("Add(m, e)", "Add(e, m)") + "  n = Div(x, s)  y = Mul(n, w)",
+    "x * x": SQUARE.replace("Pow(x, two)", "Mul(x, x)") + "  n = Div(x, s)  y = Mul(n, w)",
+    "power": "p = Mul(x, x)  m = ReduceMean<keepdims = 1>(p, last)  v = Add(m, e)"
+    "  r = Pow(v, half)  n = Mul(x, r)  y = Mul(n, w)",
+    "scale into the root": f"{SQUARE}  r = Reciprocal(s)  f = Mul(r, w)  y = Mul(x, f)",
+    "no scale": f"{SQUARE}  y = Div(x, s)",
+    "axis by number": SQUARE.replace("last", "second") + "  n = Div(x, s)  y = Mul(n, w)",
+}
+LAYER = {
+    "division": f"{SPREAD}  n = Div(d, s)  g = Mul(n, w)  y = Add(g, b)",
+    "power of two": SPREAD.replace("Mul(d, d)", "Pow(d, two)")
+    + "  n = Div(d, s)  g = Mul(n, w)  y = Add(b, g)",
+    "reciprocal": f"{SPREAD}  r = Reciprocal(s)  n = Mul(d, r)  g = Mul(w, n)  y = Add(g, b)",
+    "centred twice": f"{SPREAD}  d2 = Sub(x, mu)  n = Div(d2, s)  g = Mul(n, w)  y = Add(g, b)",
+    "batch-norm style": f"{SPREAD}  r = Reciprocal(s)  f = Mul(r, w)  a = Mul(x, f)"
+    "  c = Mul(mu, f)  q = Sub(b, c)  y = Add(a, q)",
+    "scale into the root": f"{SPREAD}  r = Reciprocal(s)  f = Mul(r, w)  g = Mul(d, f)"
+    "  y = Add(g, b)",
+    "no shift": f"{SPREAD}  n = Div(d, s)  y = Mul(n, w)",
+    "nothing learnt": f"{SPREAD}  y = Div(d, s)",
+}
+
+
+@pytest.mark.parametrize("nodes", RMS.values(), ids=RMS.keys())
+def test_every_spelling_of_rms_norm_becomes_one_node(nodes):
+    case = graph(nodes, constants=SHARED + ", int64[1] second = {2}")
+    assert apply(case, norms.run).applied == 1
+    node = only(case, "RMSNormalization")
+    assert ops(case) == {"RMSNormalization": 1}
+    assert node.attributes["axis"].as_int() == -1
+    assert node.attributes["epsilon"].as_float() == pytest.approx(0.01)
+    assert list(node.inputs[1].shape) == [4]
+
+
+@pytest.mark.parametrize("nodes", LAYER.values(), ids=LAYER.keys())
+def test_every_spelling_of_layer_norm_becomes_one_node(nodes):
+    case = graph(nodes, constants=SHARED)
+    assert apply(case, norms.run).applied == 1
+    assert ops(case) == {"LayerNormalization": 1}
+    shifted = "Add(g, b)" in nodes or "Add(b, g)" in nodes or "Sub(b, c)" in nodes
+    assert len(only(case, "LayerNormalization").inputs) == (3 if shifted else 2)
+
+
+def test_casts_to_float_inside_disappear():
+    nodes = (
+        "f = Cast<to = 1>(x)  p = Mul(f, f)  m = ReduceMean<keepdims = 1>(p, last)  v = Add(m, e)"
+        "  s = Sqrt(v)  n = Div(f, s)  h = Cast<to = 10>(n)  y = Mul(w, h)"
+    )
+    case = graph(
+        nodes,
+        inputs="float16[B,S,4] x",
+        output="float16[B,S,4] y",
+        # the bit patterns of 2, 0.5, -1, 3
+        constants=f"{AXIS}, float e = {{0.01}}, float16[4] w = {{16384, 14336, 48128, 16896}}",
+    )
+    assert apply(case, norms.run).applied == 1
+    assert ops(case) == {"RMSNormalization": 1}
+
+
+def test_a_float_scale_keeps_the_casts_around_the_norm():
+    nodes = (
+        "f = Cast<to = 1>(x)  p = Mul(f, f)  m = ReduceMean<keepdims = 1>(p, last)  v = Add(m, e)"
+        "  s = Sqrt(v)  n = Div(f, s)  g = Mul(w, n)  y = Cast<to = 10>(g)"
+    )
+    case = graph(
+        nodes,
+        inputs="float16[B,S,4] x",
+        output="float16[B,S,4] y",
+        constants=f"{AXIS}, float e = {{0.01}}, float[4] w = {{2, 0.5, -1, 3}}",
+    )
+    assert apply(case, norms.run).applied == 1
+    assert ops(case) == {"Cast": 2, "RMSNormalization": 1}
+
+
+REFUSES = {
+    "mean over another axis": (
+        SQUARE.replace("last", "middle") + "  y = Div(x, s)",
+        "float[B,S,4] y",
+        "not over the last axis",
+    ),
+    "root of another value": (
+        f"{SQUARE}  t = Tanh(x)  y = Div(t, s)",
+        "float[B,S,4] y",
+        "does not divide what was squared",
+    ),
+    "mean of squares is an output": (
+        f"{SQUARE}  y = Div(x, s)",
+        "float[B,S,4] y, float[B,S,1] m",
+        "value 'm' within the norm is read elsewhere",
+    ),
+    "root read twice": (
+        f"{SQUARE}  y = Div(x, s)  t = Tanh(s)",
+        "float[B,S,4] y, float[B,S,1] t",
+        "is read elsewhere",
+    ),
+    "cube": (SQUARE.replace("two", "three") + "  y = Div(x, s)", "float[B,S,4] y", None),
+}
+
+
+@pytest.mark.parametrize(("nodes", "output", "reason"), REFUSES.values(), ids=REFUSES.keys())
+def test_leaves_alone_and_says_why(nodes, output, reason):
+    constants = SHARED + ", int64[1] middle = {1}, float three = {3}"
+    refuses(graph(nodes, output=output, constants=constants), norms.run, reason)
+
+
+def test_an_unknown_width_is_not_guessed():
+    nodes = f"{SQUARE}  y = Div(x, s)"
+    case = graph(nodes, inputs="float[B,S,D] x", output="float[B,S,D] y", constants=SHARED)
+    refuses(case, norms.run, "size of the normalized axis is not known")
+
+
+def test_existing_norms_get_axis_minus_one_and_vectors():
+    case = graph(
+        "y = LayerNormalization<axis = 2>(x, wide, b)",
+        constants="float[1,1,4] wide = {2, 0.5, -1, 3}, float[4] b = {1, -2, 0.25, 4}",
+    )
+    assert apply(case, norms.run).applied == 1
+    node = only(case, "LayerNormalization")
+    assert node.attributes["axis"].as_int() == -1
+    assert [list(v.shape) for v in node.inputs[1:]] == [[4], [4]]
+    np.testing.assert_array_equal(node.inputs[1].const_value.numpy(), [2, 0.5, -1, 3])
+
+
+def test_a_norm_over_two_axes_stays():
+    case = graph(
+        "y = LayerNormalization<axis = 1>(x, w)",
+        inputs="float[B,2,4] x",
+        output="float[B,2,4] y",
+        constants="float[2,4] w = {1, 2, 3, 4, 5, 6, 7, 8}",
+    )
+    refuses(case, norms.run, "normalizes more than the last axis")
