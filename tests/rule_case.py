@@ -1,4 +1,4 @@
-"""Runs one rule of ``canonicalize`` on a graph given as ONNX text, and both graphs on random data."""
+"""Runs one rule of ``canonicalize`` on a graph given as ONNX text, executes both graphs."""
 
 from __future__ import annotations
 
