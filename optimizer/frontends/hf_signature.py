@@ -116,7 +116,9 @@ def text_encoder(model: Any, outputs: list[str]) -> tuple[Any, Signature]:
     if types > 1 and _accepts(model, "token_type_ids"):
         inputs["token_type_ids"] = torch.zeros(_B, _S, dtype=torch.long)
     axes = {name: {0: _BATCH, 1: _SEQUENCE} for name in inputs}
-    return _named(model, inputs, outputs, axes, {0: dynamic, 1: dynamic})
+    rotary = any("Rotary" in type(module).__name__ for module in model.modules())
+    positions = rotary and _accepts(model, "position_ids")
+    return _named(model, inputs, outputs, axes, {0: dynamic, 1: dynamic}, positions=positions)
 
 
 def vision(model: Any, outputs: list[str]) -> tuple[Any, Signature]:
@@ -139,6 +141,8 @@ def _named(
     outputs: list[str],
     axes: dict[str, dict[int, str]],
     dynamic: dict[int, Any],
+    *,
+    positions: bool = False,
 ) -> tuple[Any, Signature]:
     import torch
 
@@ -156,7 +160,7 @@ def _named(
     signature = Signature(
         tuple(inputs.values()), shapes, list(inputs), present, axes, prefix=_PREFIX
     )
-    return Named(model, list(inputs), present), signature
+    return Named(model, list(inputs), present, positions=positions), signature
 
 
 def build(model: Any, kind: str, outputs: list[str], *, kv_cache: bool) -> tuple[Any, Signature]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import logging
@@ -130,10 +131,17 @@ def export_loaded(model: Any, plan: Plan, *, kv_cache: bool = False, opset: int 
     except UnsupportedError:
         if getattr(model.config, "_attn_implementation", "eager") == "eager":
             raise
-        _LOG.debug("retrying with eager attention")
-        with quiet():
-            model.set_attn_implementation("eager")
-        return trace(wrapper, signature, opset)
+    _LOG.debug("retrying with eager attention")
+    # Built anew: some classes choose their attention layers once, when they are made.
+    with quiet():
+        eager = type(model)._from_config(  # noqa: SLF001  # from_config of this very class
+            copy.deepcopy(model.config), attn_implementation="eager", dtype=model.dtype
+        )
+        eager.load_state_dict(model.state_dict(), assign=True)
+    wrapper, signature = hf_signature.build(
+        eager.eval(), plan.kind, plan.outputs, kv_cache=kv_cache
+    )
+    return trace(wrapper, signature, opset)
 
 
 def detect(config: Any, task: str | None = None) -> Plan:

@@ -87,25 +87,24 @@ def check_opset(opset: int) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Send everything torch and transformers say to this module's DEBUG log."""
-    names = [
-        *("torch.onnx", "torch.export", "torch._dynamo"),
-        *("transformers", "huggingface_hub", "httpx", "onnxscript"),
-    ]
-    levels = {name: logging.getLogger(name).level for name in names}
+    """Keep everything torch and transformers say from the user, unless DEBUG logging is on.
+
+    torch gives many of its loggers a level and a handler of their own, so that only switching
+    logging off as a whole reaches them.
+    """
     said = io.StringIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name in names:
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        try:
+    before = logging.root.manager.disable
+    if not _LOG.isEnabledFor(logging.DEBUG):
+        logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
                 yield
-        finally:
-            for name, level in levels.items():
-                logging.getLogger(name).setLevel(level)
-            if said.getvalue().strip():
-                _LOG.debug("%s", said.getvalue().strip())
+    finally:
+        logging.disable(before)
+        if said.getvalue().strip():
+            _LOG.debug("%s", said.getvalue().strip())
 
 
 def one_line(error: BaseException) -> str:
@@ -115,7 +114,8 @@ def one_line(error: BaseException) -> str:
         seen.add(id(inner))
         error = inner
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    said = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
+    text = f"{type(error).__name__}: {said}" if said else type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
 
 

@@ -64,13 +64,27 @@ class CachedDecoder(torch.nn.Module):  # type: ignore[misc]
 class Named(torch.nn.Module):  # type: ignore[misc]
     """Any model called with keyword inputs, reduced to some fields of its output."""
 
-    def __init__(self, model: torch.nn.Module, inputs: list[str], outputs: list[str]) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        inputs: list[str],
+        outputs: list[str],
+        *,
+        positions: bool = False,
+    ) -> None:
         super().__init__()
+        self.positions = positions
         self.model = model
         self.inputs = inputs
         self.outputs = outputs
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Output fields in their declared order."""
-        output: Any = self.model(**dict(zip(self.inputs, tensors, strict=True)))
+        named = dict(zip(self.inputs, tensors, strict=True))
+        if self.positions:
+            # Left to itself the model makes positions of batch 1, and rotary embedding is then
+            # exported with cosines of batch 1, which ONNX Runtime refuses for larger batches.
+            batch, sequence = tensors[0].shape
+            named["position_ids"] = torch.arange(sequence)[None].expand(batch, sequence)
+        output: Any = self.model(**named)
         return tuple(output[name] for name in self.outputs)

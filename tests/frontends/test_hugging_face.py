@@ -36,6 +36,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def llama(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The export of the decoder folder, without cache."""
+    return export_hugging_face(str(folders / "llama"), tmp_path_factory.mktemp("llama"))
+
+
 def run(path: Path, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
@@ -57,11 +63,9 @@ def damaged(source: Path, target: Path) -> Path:
     return Path(shutil.copytree(source, target))
 
 
-def test_decoder_folder_gives_logits_and_named_dimensions(folders: Path, tmp_path: Path) -> None:
-    path = export_hugging_face(str(folders / "llama"), tmp_path)
-    assert path == tmp_path / "llama.onnx"
-    assert [p.name for p in tmp_path.iterdir()] == ["llama.onnx"]
-    model = ir.load(path)
+def test_decoder_folder_gives_logits_and_named_dimensions(llama: Path) -> None:
+    assert [path.name for path in llama.parent.iterdir()] == ["llama.onnx"]
+    model = ir.load(llama)
     plane = "[batch,sequence]"
     assert shapes(model.graph.inputs) == {
         "input_ids": plane,
@@ -70,7 +74,7 @@ def test_decoder_folder_gives_logits_and_named_dimensions(folders: Path, tmp_pat
     }
     assert shapes(model.graph.outputs) == {"logits": "[batch,sequence,99]"}
     feeds = zoo.make_feeds(zoo.ZOO["llama"])
-    assert_close(run(path, feeds), zoo.torch_outputs(zoo.ZOO["llama"], False, feeds))
+    assert_close(run(llama, feeds), zoo.torch_outputs(zoo.ZOO["llama"], False, feeds))
 
 
 def test_decoder_with_cache_prefills_and_decodes_like_one_full_run(
@@ -102,10 +106,9 @@ def test_decoder_with_cache_prefills_and_decodes_like_one_full_run(
 
 
 def test_weights_are_called_as_in_the_checkpoint_and_nothing_else_is_told(
-    folders: Path, tmp_path: Path
+    llama: Path, folders: Path
 ) -> None:
-    path = export_hugging_face(str(folders / "llama"), tmp_path)
-    model = ir.load(path)
+    model = ir.load(llama)
     state = zoo.make_model(zoo.ZOO["llama"]).state_dict()
     large = {k for k, v in model.graph.initializers.items() if v.const_value.nbytes > 100}
     assert large == set(state)
@@ -114,7 +117,7 @@ def test_weights_are_called_as_in_the_checkpoint_and_nothing_else_is_told(
         linear = weight.ndim == 2 and "embed" not in name
         np.testing.assert_array_equal(array, weight.numpy().T if linear else weight.numpy())
     assert not any(node.metadata_props for node in model.graph)
-    content = path.read_bytes()
+    content = llama.read_bytes()
     assert b".py" not in content
     assert str(folders).encode() not in content
 
@@ -165,6 +168,43 @@ def test_clip_towers_are_exported_one_at_a_time(task: str, folders: Path, tmp_pa
     embeds = f"{'text' if task == 'text' else 'image'}_embeds"
     states = inside.last_hidden_state.numpy()
     assert_close(run(path, feeds), {embeds: projected.numpy(), "last_hidden_state": states})
+
+
+def test_rotary_encoder_takes_any_batch(tmp_path: Path) -> None:
+    options = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokens = {"vocab_size": 99, "pad_token_id": 1, "cls_token_id": 0, "sep_token_id": 1}
+    config = transformers.ModernBertConfig(
+        **options, **tokens, intermediate_size=40, bos_token_id=0, eos_token_id=98
+    )
+    model = transformers.ModernBertModel(config).eval()
+    model.save_pretrained(tmp_path / "m")
+    path = export_hugging_face(str(tmp_path / "m"), tmp_path)
+    rng = np.random.default_rng(0)
+    feeds = {"input_ids": rng.integers(3, 98, (4, 5)), "attention_mask": np.ones((4, 5), np.int64)}
+    with torch.no_grad():
+        expected = model(**{k: torch.from_numpy(v) for k, v in feeds.items()})
+    assert_close(run(path, feeds), {"last_hidden_state": expected.last_hidden_state.numpy()})
+
+
+def test_attention_that_torch_cannot_translate_is_decomposed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = zoo.make_model(zoo.ZOO["llama"])
+    model.config.architectures = ["LlamaForCausalLM"]
+    tried = []
+
+    def trace(module: torch.nn.Module, *_: object) -> ir.Model:
+        tried.append(module.model)
+        if module.model.config._attn_implementation == "sdpa":
+            raise UnsupportedError("no translation")
+        return ir.Model(ir.Graph([], [], nodes=[]), ir_version=10)
+
+    monkeypatch.setattr(hugging_face, "trace", trace)
+    hugging_face.export_loaded(model, hugging_face.detect(model.config))
+    first, second = (tried[i].state_dict() for i in (0, 1))
+    assert tried[1].config._attn_implementation == "eager"
+    assert not tried[1].training
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_clip_without_a_task_names_the_choices(folders: Path, tmp_path: Path) -> None:
@@ -266,9 +306,9 @@ def test_unreachable_hub_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert "127.0.0.1 cannot be reached" in hugging_face._offline.__wrapped__()  # noqa: SLF001
+    assert "127.0.0.1 cannot be reached" in hugging_face._offline.__wrapped__()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert hugging_face._offline.__wrapped__() == "HF_HUB_OFFLINE is set"  # noqa: SLF001
+    assert hugging_face._offline.__wrapped__() == "HF_HUB_OFFLINE is set"
 
 
 def test_missing_torch_names_the_extra(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from optimizer.errors import MissingDependencyError, ModelError, OptionError, UnsupportedError
 from optimizer.frontends import export_torch
 
-SOURCE = '''
+SOURCE = """
 import torch
 
 class Mlp(torch.nn.Module):
@@ -46,7 +47,7 @@ class Holder:
     make = staticmethod(make)
 
 value = 3
-'''
+"""
 
 
 class Scaled(torch.nn.Module):
@@ -79,7 +80,7 @@ class Untraceable(torch.nn.Module):
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with a module of factories that no other test has imported."""
-    name = f"factories_{abs(hash(tmp_path.name))}"
+    name = re.sub(r"\W", "_", f"factories_{tmp_path.name}")
     (tmp_path / f"{name}.py").write_text(SOURCE)
     monkeypatch.chdir(tmp_path)
     return tmp_path / name
@@ -169,7 +170,7 @@ def test_unusable_factories_are_refused(spec: str, message: str, here: Path) -> 
 
 def test_factory_module_that_cannot_be_imported_is_refused(here: Path) -> None:
     (here.parent / f"{here.name}_broken.py").write_text("def f(:\n")
-    with pytest.raises(ModelError, match="importing .* fails: SyntaxError"):
+    with pytest.raises(ModelError, match=r"importing .* fails: SyntaxError"):
         export_torch(f"{here.name}_broken:f", here.parent)
     (here.parent / f"{here.name}_needs.py").write_text("import not_installed_anywhere\n")
     with pytest.raises(ModelError, match="needs not_installed_anywhere"):
@@ -198,7 +199,7 @@ def test_module_that_torch_cannot_trace_is_one_line_with_the_cause(tmp_path: Pat
 
 
 def test_objects_that_are_no_module_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="cannot export a int: expected a torch.nn.Module"):
+    with pytest.raises(ModelError, match=r"cannot export a int: expected a torch\.nn\.Module"):
         export_torch(3, tmp_path)
 
 
