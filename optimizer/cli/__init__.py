@@ -6,10 +6,12 @@ command runs, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -60,6 +62,7 @@ class ModelOrCommand(click.Group):
         """Put the default command in front where no command is named."""
         own = {"--help", "-h", "--version"}
         if args and args[0] not in _COMMANDS and args[0] not in own:
+            _check_word(args[0])
             args = [_DEFAULT, *args]
         return super().parse_args(ctx, args)
 
@@ -82,6 +85,14 @@ class ModelOrCommand(click.Group):
                     "failed, 4 budget or speed-up missed, 5 nothing matched (--fail-on-noop), 6 "
                     "missing dependency, 7 engine build failed, 130 interrupted"
                 )
+
+
+def _check_word(word: str) -> None:
+    """A first word that is neither a file nor looks like a model may be a mistyped command."""
+    close = difflib.get_close_matches(word, _COMMANDS, n=1)
+    if close and not Path(word).exists():
+        msg = f"there is no file '{word}'; did you mean the command '{close[0]}'?"
+        raise click.UsageError(msg)
 
 
 def _format_examples(formatter: click.HelpFormatter, name: str) -> None:
