@@ -59,8 +59,9 @@ def _nearly(one: np.ndarray, two: np.ndarray) -> bool:
     return bool(np.linalg.norm(one - two) <= 2e-2 * np.linalg.norm(one))
 
 
-def test_rows_padded_on_the_right_decode_as_if_they_were_alone():
-    model = models.build(models.Config(kv_cache=True))
+@pytest.mark.parametrize("window", [0, 4])
+def test_rows_padded_on_the_right_decode_as_if_they_were_alone(window):
+    model = _windowed(window) if window else models.build(models.Config(kv_cache=True))
     legalize(model, "ort-cpu", kv_cache="in-place")
     session = DecodeSession(model, max_length=16)
     rng = np.random.default_rng(5)
