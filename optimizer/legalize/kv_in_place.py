@@ -6,9 +6,9 @@ the past's own buffer when the caller binds past and present to the same memory,
 ``max_length``. Where they are not the same memory it copies, and the results are the same.
 
 The operator has its own mask: causal, rows filled up to ``seqlens_k``, and optionally a sliding
-window. So the model's mask must be proven to be just that (``mask_proof``). Rows padded on the right
-are stored without their padding; a window then counts tokens, where the appended form counts the
-padding between prompt and new tokens too.
+window. So the model's mask must be proven to be just that (``mask_proof``). Rows padded on the
+right are stored without their padding; a window then counts tokens, where the appended form counts
+the padding between prompt and new tokens too.
 
 What a caller must know travels in the model's metadata under ``optimize.kv_cache``.
 """
