@@ -113,32 +113,33 @@ class DriftMeter:
         self, r: np.ndarray, c: np.ndarray, keep: np.ndarray, goal: np.ndarray | None
     ) -> None:
         r, c = r.astype(np.float64), c.astype(np.float64)
-        log_r = log_c = None
-        if self._scores:
-            log_r, log_c = log_softmax(r), log_softmax(c)
-            if goal is not None:
-                self._add_loss(log_r, log_c, goal)
-        if not keep.all():
-            r, c = r[keep], c[keep]
-            log_r = None if log_r is None else log_r[keep]
-            log_c = None if log_c is None else log_c[keep]
-        if not len(r):
-            return
         d = c - r
-        self._rows += len(r)
-        self._difference += float(np.vdot(d, d))
-        self._reference += float(np.vdot(r, r))
-        self._max = max(self._max, float(np.abs(d).max(initial=0.0)))
-        self._cosine += float(row_cosine(r, c).sum())
-        if log_r is not None and log_c is not None:
-            self._same += int((r.argmax(-1) == c.argmax(-1)).sum())
-            self._kl += float((np.exp(log_r) * (log_r - log_c)).sum())
+        norm_r = np.einsum("rc,rc->r", r, r)
+        self._rows += int(keep.sum())
+        self._difference += float(np.einsum("rc,rc->r", d, d)[keep].sum())
+        self._reference += float(norm_r[keep].sum())
+        if keep.any():
+            # np.maximum, unlike max, keeps a NaN.
+            largest = np.abs(d).max(axis=1, initial=0.0)
+            self._max = float(np.maximum(self._max, largest[keep].max()))
+        self._cosine += float(row_cosine(r, c)[keep].sum())
+        if self._scores and r.shape[1]:
+            self._add_scores(r, c, d, keep, goal)
 
-    def _add_loss(self, log_r: np.ndarray, log_c: np.ndarray, goal: np.ndarray) -> None:
-        index = np.flatnonzero(goal >= 0)
-        self._targets += len(index)
-        self._loss -= float(log_c[index, goal[index]].sum())
-        self._loss_reference -= float(log_r[index, goal[index]].sum())
+    def _add_scores(
+        self, r: np.ndarray, c: np.ndarray, d: np.ndarray, keep: np.ndarray, goal: np.ndarray | None
+    ) -> None:
+        """KL = sum p (r - c) - lse(r) + lse(c), with p = softmax(r), lse = log sum exp."""
+        self._same += int((r.argmax(-1) == c.argmax(-1))[keep].sum())
+        powers, sum_r, lse_r = _exponentials(r)
+        lse_c = _exponentials(c)[2]
+        mean = np.einsum("rc,rc->r", powers, d) / sum_r
+        self._kl += float((lse_c - lse_r - mean)[keep].sum())
+        if goal is not None:
+            index = np.flatnonzero(goal >= 0)
+            self._targets += len(index)
+            self._loss += float((lse_c[index] - c[index, goal[index]]).sum())
+            self._loss_reference += float((lse_r[index] - r[index, goal[index]]).sum())
 
     def result(self) -> Drift:
         """The drift over everything seen so far; NaN where outputs were not finite."""
@@ -169,7 +170,7 @@ class DriftMeter:
 
 
 def _exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf
+    return x if math.isnan(x) else math.exp(min(x, 700.0))
 
 
 def as_rows(array: np.ndarray) -> np.ndarray:
@@ -180,6 +181,14 @@ def as_rows(array: np.ndarray) -> np.ndarray:
 def _chunks(rows: np.ndarray) -> Iterator[slice]:
     step = max(1, _CHUNK // max(1, rows.shape[1]))
     return (slice(i, i + step) for i in range(0, len(rows), step))
+
+
+def _exponentials(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of the rows of x: exp(x - max), its sum, and log sum exp(x)."""
+    peak = x.max(axis=1, keepdims=True)
+    powers = np.exp(x - peak)
+    total = powers.sum(axis=1)
+    return powers, total, np.log(total) + peak[:, 0]
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:

@@ -83,22 +83,27 @@ class SampleSet:
         *,
         limit: int | None = None,
         option: str = "--calibration",
+        counted: tuple[int, tuple[str, ...]] | None = None,
     ) -> None:
+        """Check all samples, unless the caller has ``counted`` samples and extras already."""
         self._source = source
         self.inputs = tuple(inputs)
         self._limit = limit
         self._option = option
         self.input_names = tuple(spec.name for spec in inputs)
-        self.count = 0
-        extras: dict[str, None] = {}
-        for sample in self:
-            self.count += 1
-            extras.update(dict.fromkeys(sample.extras))
-        self.extras = tuple(extras)
+        self.count, self.extras = counted or self._look()
         if self.count == 0:
             raise CalibrationError(
                 f"{option}: {source.where} holds no samples; at least one is needed."
             )
+
+    def _look(self) -> tuple[int, tuple[str, ...]]:
+        """Go through all samples once: a fault in the last one is found before any work."""
+        count, extras = 0, dict[str, None]()
+        for sample in self:
+            count += 1
+            extras.update(dict.fromkeys(sample.extras))
+        return count, tuple(extras)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield every sample, checked."""
@@ -111,13 +116,25 @@ class SampleSet:
         """The same samples for another model's inputs."""
         if tuple(inputs) == self.inputs:
             return self
-        return SampleSet(self._source, inputs, limit=self._limit, option=self._option)
+        return SampleSet(
+            self._source,
+            inputs,
+            limit=self._limit,
+            option=self._option,
+            counted=(self.count, self.extras),
+        )
 
     def limited(self, samples: int) -> SampleSet:
         """The first ``samples`` samples."""
         if samples >= self.count:
             return self
-        return SampleSet(self._source, self.inputs, limit=samples, option=self._option)
+        return SampleSet(
+            self._source,
+            self.inputs,
+            limit=samples,
+            option=self._option,
+            counted=(samples, self.extras),
+        )
 
     def batches(self, size: int = 1) -> Iterator[dict[str, np.ndarray]]:
         """Feeds of up to ``size`` samples; see ``iterate``."""

@@ -170,25 +170,26 @@ class _Comparison:
         self, probes: Sequence[Probe], exactness: Exactness, max_memory: int | None
     ) -> Verification:
         counts = {"probes": len(probes), "tokens": sum(p.tokens for p in probes)}
-        cuts = self._cuts(max_memory)
         if exactness is Exactness.APPROXIMATE:
             return Verification("measured", self._drift(probes), "on probes", **counts)
         if exactness is Exactness.BITWISE:
             return self._bitwise(probes, counts)
+        cuts, remark = self._cuts(max_memory)
         try:
             errors, method = self._against_float64(probes, cuts)
         except UnsupportedError as error:
             errors, method = self._against_float32(probes, str(error))
-        return self._judge(errors, method, counts)
+        return self._judge(errors, method + remark, counts)
 
     def _ort(self, model: ir.Model, *, optimize: bool = True) -> Runner:
         return OrtRunner(model, threads=self.threads, optimize=optimize, custom_ops=self.custom_ops)
 
-    def _cuts(self, max_memory: int | None) -> list[str]:
-        """Names of values to cut both models at; empty = run them whole."""
+    def _cuts(self, max_memory: int | None) -> tuple[list[str], str]:
+        """Names of values to cut both models at (none = run them whole), and what to say."""
         if max_memory is None or max(map(_bytes_to_run, (self.before, self.after))) <= max_memory:
-            return []
-        return shared_cuts(self.before, self.after)
+            return [], ""
+        cuts = shared_cuts(self.before, self.after)
+        return cuts, "" if cuts else ", whole: no block boundary is in both models"
 
     def _drift(self, probes: Sequence[Probe]) -> dict[str, float]:
         name = primary_output(self.before)
