@@ -117,6 +117,11 @@ def unique_name(graph: ir.Graph, base: str) -> str:
     return name
 
 
+def forget_names(graph: ir.Graph) -> None:
+    """Look at all names again; needed after nodes were named by other means than this module."""
+    _NAMES.pop(graph, None)
+
+
 def _names(graph: ir.Graph) -> set[str]:
     names = _NAMES.get(graph)
     if names is None:

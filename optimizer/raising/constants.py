@@ -64,6 +64,9 @@ def run(model: ir.Model) -> RuleReport:
 def make_initializer(graph: ir.Graph, value: ir.Value, tensor: ir.TensorProtocol) -> None:
     """Let an initializer holding ``tensor`` take the place and the name of ``value``."""
     name = value.name or "constant"
+    producer = value.producer()
+    if producer is not None and producer.graph is not graph:  # names of a branch are its own
+        name = unique_name(graph, name)
     value.name = unique_name(graph, f"{name}/folded")
     tensor.name = name
     initializer = ir.Value(

@@ -88,14 +88,16 @@ def _unchanged(node: ir.Node, shapes: Shapes) -> bool:
 def bypass(node: ir.Node, index: int = 0) -> bool:
     """Let users of the first output of ``node`` read one of its inputs, where names allow it."""
     source, output = node.inputs[index], node.outputs[0]
-    if source is None:
+    if source is None or not _replaces(source, output):
         return False
-    if output.is_graph_output() and (
-        source.is_graph_input() or source.is_initializer() or source.is_graph_output()
-    ):
-        return False  # the Identity that this needs would take the place of the node
     replace_value(output, source)
     return True
+
+
+def _replaces(value: ir.Value, output: ir.Value) -> bool:
+    """Whether no Identity is needed to let ``value`` stand for ``output``."""
+    fixed = value.is_graph_input() or value.is_initializer() or value.is_graph_output()
+    return not (output.is_graph_output() and fixed)
 
 
 def _reshape(node: ir.Node, shapes: Shapes) -> bool:
@@ -111,6 +113,9 @@ def _reshape(node: ir.Node, shapes: Shapes) -> bool:
     ):
         sources.append(inner.inputs[0])
     for value in reversed(sources):
+        if shapes.same(value, node.outputs[0]) and _replaces(value, node.outputs[0]):
+            replace_value(node.outputs[0], value)
+            return True
         target = _target(shapes.of(value), outer)
         if target is not None:
             return _set_target(node, value, target)

@@ -132,9 +132,7 @@ def _large(nodes: str, inputs: str, output: str) -> ir.Model:
 
 
 def test_a_large_weight_that_is_also_read_untransposed_is_not_held_twice():
-    case = _large(
-        "e = Gather(w, i)  y = Gemm<transB = 1>(e, w)", "int64[B] i", "float[B,200] y"
-    )
+    case = _large("e = Gather(w, i)  y = Gemm<transB = 1>(e, w)", "int64[B] i", "float[B,200] y")
     refuses(case, linears.run, "the weight is also read untransposed")
 
 

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import pytest
+from rule_case import apply, graph, only, ops, refuses
+
+from optimizer.raising import reshapes
+
+NUMBERS = (
+    "int64[1] zero = {0}, int64[1] first = {1}, int64[1] two = {2}, int64[1] infer = {-1}, "
+    "int64[1] end = {9223372036854775807}, int64[3] flat = {0, 0, 4}, int64[2] rows = {-1, 4}, "
+    "int64 index = {1}"
+)
+DIMS = "s = Shape(x)  b = Slice(s, zero, first)  t = Slice(s, first, two)"
+
+
+def _target(case):
+    return only(case, "Reshape").inputs[1].const_value.numpy().tolist()
+
+
+def test_a_target_from_shape_arithmetic_becomes_constant():
+    nodes = f"{DIMS}  c = Concat<axis = 0>(b, t, two, two)  y = Reshape(x, c)"
+    case = graph(nodes, output="float[B,S,2,2] y", constants=NUMBERS)
+    apply(case, reshapes.run)
+    assert ops(case) == {"Reshape": 1}
+    assert _target(case) == [0, 0, 2, 2]
+
+
+def test_merged_dimensions_are_inferred():
+    nodes = f"{DIMS}  n = Mul(b, t)  f = Concat<axis = 0>(n, first, two, two)  y = Reshape(x, f)"
+    case = graph(nodes, output="float[M,1,2,2] y", constants=NUMBERS)
+    apply(case, reshapes.run)
+    assert _target(case) == [-1, 1, 2, 2]
+
+
+def test_torch_script_scalars_are_followed():
+    nodes = (
+        "s = Shape(x)  d = Gather<axis = 0>(s, index)  u = Unsqueeze(d, zero)"
+        "  c = Concat<axis = 0>(infer, u, two, two)  y = Reshape(x, c)"
+    )
+    case = graph(nodes, output="float[B,S,2,2] y", constants=NUMBERS)
+    apply(case, reshapes.run)
+    assert _target(case) == [0, 0, 2, 2]
+
+
+def test_a_reshape_and_its_inverse_go_away():
+    nodes = "f = Reshape(x, rows)  s = Shape(x)  r = Reshape(f, s)  y = Relu(r)"
+    case = graph(nodes, constants=NUMBERS)
+    apply(case, reshapes.run)
+    assert ops(case) == {"Relu": 1}
+
+
+def test_reshapes_in_a_row_become_one():
+    nodes = f"f = Reshape(x, rows)  {DIMS}  c = Concat<axis = 0>(b, t, two, two)  y = Reshape(f, c)"
+    case = graph(nodes, output="float[B,S,2,2] y", constants=NUMBERS)
+    apply(case, reshapes.run)
+    assert ops(case) == {"Reshape": 1}
+    assert only(case, "Reshape").inputs[0] is case.graph.inputs[0]
+
+
+def test_two_unknown_dimensions_keep_the_target():
+    nodes = f"{DIMS}  c = Concat<axis = 0>(t, b, two, two)  y = Reshape(x, c)"
+    case = graph(nodes, output="float[S,B,2,2] y", constants=NUMBERS)
+    apply_report = reshapes.run(case)
+    assert not apply_report.applied
+    assert ops(case)["Concat"] == 1
+
+
+def test_an_expand_to_the_same_shape_goes_away():
+    case = graph("s = Shape(x)  e = Expand(x, s)  y = Relu(e)", constants=NUMBERS)
+    apply(case, reshapes.run)
+    assert ops(case) == {"Relu": 1}
+
+
+def test_repeated_heads_expand_by_a_constant():
+    nodes = (
+        f"{DIMS}  u = Unsqueeze(x, two)  w = Shape<start = 2>(x)"
+        "  c = Concat<axis = 0>(b, t, two, w)  y = Expand(u, c)"
+    )
+    case = graph(nodes, output="float[B,S,2,4] y", constants=NUMBERS)
+    apply(case, reshapes.run)
+    assert only(case, "Expand").inputs[1].const_value.numpy().tolist() == [1, 1, 2, 1]
+
+
+def test_torch_script_expand_loses_its_test_for_minus_one():
+    nodes = (
+        "s = Shape(x)  k = Equal(s, infer)  o = Mul(s, infer)  c = Where(k, o, s)"
+        "  e = Expand(x, c)  y = Relu(e)"
+    )
+    case = graph(nodes, constants=NUMBERS)
+    reshapes.run(case)
+    apply(case, reshapes.run)
+    assert ops(case) == {"Relu": 1}
+
+
+def test_a_slice_of_everything_goes_away():
+    case = graph(f"{DIMS}  p = Slice(x, zero, t, first)  y = Relu(p)", constants=NUMBERS)
+    apply(case, reshapes.run)
+    assert ops(case) == {"Relu": 1}
+
+
+def test_a_transpose_of_merged_heads_is_one_transpose():
+    nodes = (
+        "s = Shape(x)  b = Slice(s, zero, first)  t = Slice(s, two, three)"
+        "  m = Concat<axis = 0>(infer, t, four)  r = Reshape(x, m)"
+        "  k = Transpose<perm = [0, 2, 1]>(r)"
+        "  back = Concat<axis = 0>(b, two, four, t)  y = Reshape(k, back)"
+    )
+    case = graph(
+        nodes,
+        inputs="float[B,2,S,4] x",
+        output="float[B,2,4,S] y",
+        constants=NUMBERS + ", int64[1] three = {3}, int64[1] four = {4}",
+    )
+    reshapes.run(case)
+    apply(case, reshapes.run)
+    assert ops(case) == {"Transpose": 1}
+    assert list(only(case, "Transpose").attributes["perm"].as_ints()) == [0, 1, 3, 2]
+
+
+def test_equal_arithmetic_on_different_inputs_is_computed_once():
+    nodes = (
+        "s = Shape<start = 0, end = 1>(x)  t = Shape<start = 0, end = 1>(z)"
+        "  a = ConstantOfShape(s)  c = ConstantOfShape(t)  y = Add(a, c)"
+    )
+    case = graph(nodes, inputs="float[B,4] x, float[B,7] z", output="float[B] y")
+    apply(case, reshapes.run)
+    assert ops(case)["Shape"] == 1
+
+
+@pytest.mark.parametrize("nodes", ["y = Reshape(x, flat)", "y = Reshape(x, rows)"])
+def test_outputs_keep_their_names(nodes):
+    output = "float[B,S,4] y" if "flat" in nodes else "float[M,4] y"
+    case = graph(f"t = Relu(x)  {nodes.replace('(x', '(t')}", output=output, constants=NUMBERS)
+    reshapes.run(case)
+    assert case.graph.outputs[0].name == "y"
+
+
+def test_a_reshape_from_input_to_output_stays():
+    case = graph("y = Reshape(x, flat)", constants=NUMBERS)
+    refuses(case, reshapes.run, None)
