@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from optimizer.errors import MissingDependencyError, OptionError, UnsupportedError
+from optimizer.errors import ExportError, MissingDependencyError, OptionError, UnsupportedError
 
 _LOG = logging.getLogger(__name__)
 
@@ -269,17 +269,27 @@ def write(model: ir.Model, path: Path, *, data_name: str | None = None) -> Path:
         model: the model.
         path: final path of the ONNX file; its folder is made when missing.
         data_name: file name for the weights; None puts them inside unless they are too large.
+
+    Raises:
+        ExportError: the folder cannot be written to, or the disk is full.
     """
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
     if data_name is None and weights >= EXTERNAL_DATA_BYTES:
         data_name = f"{path.name}.data"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary: Path | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         ir.save(model, temporary / path.name, external_data=data_name)
         if data_name is not None and (temporary / data_name).exists():
             (temporary / data_name).replace(path.parent / data_name)
         (temporary / path.name).replace(path)
+    except OSError as error:
+        raise ExportError(
+            f"{path}: the exported model cannot be written ({one_line(error)}); it needs about "
+            f"{weights / 1e6:.0f} MB in a folder that can be written to"
+        ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
     return path

@@ -12,7 +12,13 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from optimizer.errors import MissingDependencyError, ModelError, OptionError, UnsupportedError
+from optimizer.errors import (
+    ExportError,
+    MissingDependencyError,
+    ModelError,
+    OptionError,
+    UnsupportedError,
+)
 from optimizer.frontends import export_torch
 
 SOURCE = """
@@ -220,3 +226,16 @@ def test_large_weights_go_to_a_file_beside_the_model(
     with torch.no_grad():
         expected = module(torch.from_numpy(x)).numpy()
     np.testing.assert_allclose(run(path, x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_disk_that_fills_up_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: ir.Model, path: Path, **__: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ir, "save", full)
+    with pytest.raises(ExportError, match=r"cannot be written .*No space left on device"):
+        export_torch(torch.nn.Linear(3, 3), tmp_path, example_inputs=torch.ones(2, 3))
+    assert not list(tmp_path.iterdir())
