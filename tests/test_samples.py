@@ -145,6 +145,13 @@ class TestFilledIn:
         types = InputSpec("token_type_ids", INT64, ("batch", "sequence"))
         assert not only({"input_ids": ids(1)}, (IDS, types))[0].feed["token_type_ids"].any()
 
+    def test_what_is_filled_in_is_announced_once(self, caplog):
+        with caplog.at_level("INFO"):
+            load_samples({"input_ids": ids()}, [IDS, MASK]).bind([IDS, MASK, POSITIONS])
+        assert [r.getMessage() for r in caplog.records] == [
+            "--calibration: filled in attention_mask, which the data lacks"
+        ]
+
     def test_int32_ids_fit_an_int64_input(self):
         assert only({"input_ids": ids().astype(np.int32)})[0].feed["input_ids"].dtype == INT64
 
