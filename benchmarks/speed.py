@@ -1,0 +1,254 @@
+"""Latency and error of int8 models on one CPU thread, against ONNX Runtime, in one command.
+
+    python benchmarks/speed.py [--rows prefill,decode,bert,minilm] [--out FILE.json]
+
+Each row exports a transformer with random weights, lets this project and ONNX Runtime's own tools
+quantize it, and times all of them taking turns in one process. The baseline is ONNX Runtime in
+fp32 on the export as it is, with all its optimizations. Errors are those of the outputs against
+the baseline on inputs that were not used for calibration.
+
+Shapes: LLaMA with hidden 768, 12 heads, FFN 2048, 8 layers, vocabulary 2048; BERT-base; MiniLM-L6.
+Needs the extras ``torch`` and ``cpu``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peers
+
+from optimizer.api import optimize
+from optimizer.benchmark import BenchmarkResult, Setup, benchmark, write_result
+from optimizer.errors import OptimizerError
+from optimizer.feeds import Sizes
+from optimizer.metrics import DriftMeter
+from optimizer.runners.ort import OrtRunner
+
+HOME = Path(__file__).resolve().parent
+SEQUENCE = 128
+PAST = 256
+SAMPLES = 8
+BASELINE = "ORT fp32"
+OURS = "ours"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    Attributes:
+        title: What a reader calls it.
+        config: transformers configuration class and its options.
+        model: transformers model class.
+        kv_cache: Export with cache, and decode one token.
+        required, goal: Times as fast as the baseline.
+    """
+
+    title: str
+    config: str
+    model: str
+    required: float
+    goal: float
+    options: Mapping[str, Any] = field(default_factory=dict)
+    kv_cache: bool = False
+
+    def sizes(self) -> Sizes:
+        """Lengths of the axes that are timed."""
+        return Sizes(1, 1, PAST) if self.kv_cache else Sizes(1, SEQUENCE, 0)
+
+
+_LLAMA = {
+    "hidden_size": 768,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 8,
+    "vocab_size": 2048,
+    "max_position_embeddings": 1024,
+}
+_MINILM = {
+    "hidden_size": 384,
+    "num_attention_heads": 12,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+}
+ROWS = {
+    "prefill": Row(
+        "LLaMA 768x8, S = 128", "LlamaConfig", "LlamaForCausalLM", 3.3, 3.8, _LLAMA
+    ),
+    "decode": Row(
+        "LLaMA 768x8, S = 1, past 256", "LlamaConfig", "LlamaForCausalLM", 2.5, 2.9, _LLAMA,
+        kv_cache=True,
+    ),
+    "bert": Row("BERT-base, S = 128", "BertConfig", "BertModel", 3.3, 3.3),
+    "minilm": Row("MiniLM-L6, S = 128", "BertConfig", "BertModel", 3.0, 3.0, _MINILM),
+}  # fmt: skip
+
+
+def export(row: Row, folder: Path, layers: int | None) -> tuple[Path, int]:
+    """The export of a row's model, and its vocabulary."""
+    import torch
+    import transformers
+
+    from optimizer.frontends import hugging_face, onnx_export
+
+    torch.manual_seed(0)
+    options = dict(row.options)
+    if layers:
+        options["num_hidden_layers"] = layers
+    config = getattr(transformers, row.config)(**options)
+    model = getattr(transformers, row.model)(config).eval()
+    model.config.architectures = [row.model]
+    plan = hugging_face.detect(model.config)
+    exported = hugging_face.export_loaded(model, plan, kv_cache=row.kv_cache)
+    return onnx_export.write(exported, folder / "original.onnx"), int(config.vocab_size)
+
+
+def feeds(path: Path, vocabulary: int, seed: int) -> list[dict[str, np.ndarray]]:
+    """Random prompts of the timed length, with an empty cache."""
+    rng = np.random.default_rng(seed)
+    specs = OrtRunner(path, optimize=False).inputs
+    return [{spec.name: _array(spec, vocabulary, rng) for spec in specs} for _ in range(SAMPLES)]
+
+
+def _array(spec: Any, vocabulary: int, rng: np.random.Generator) -> np.ndarray:
+    if spec.name.startswith("past"):
+        return np.zeros((1, spec.shape[1], 0, spec.shape[3]), spec.dtype)
+    if spec.name == "input_ids":
+        return rng.integers(0, vocabulary, (1, SEQUENCE))
+    if spec.name == "position_ids":
+        return np.arange(SEQUENCE)[None]
+    return np.full((1, SEQUENCE), int(spec.name == "attention_mask"), np.int64)
+
+
+def ours(
+    row: Row, source: Path, data: list[dict[str, np.ndarray]], folder: Path, passes: str
+) -> dict[str, Path]:
+    """Our models by label."""
+    forms = ("in-place", "append") if row.kv_cache else ("append",)
+    result = {}
+    for form in forms:
+        label = f"{OURS}, cache {form}" if row.kv_cache else OURS
+        path = folder / f"ours-{form}.onnx"
+        optimize(
+            source, passes, output=path, calibration=data, verify="off", kv_cache=form, force=True
+        )
+        result[label] = path
+    return result
+
+
+def errors(
+    reference: list[np.ndarray], path: Path, data: list[dict[str, np.ndarray]]
+) -> dict[str, float]:
+    """Relative L2 and cosine of the first output against the baseline's."""
+    runner, meter = OrtRunner(path), DriftMeter()
+    for expected, feed in zip(reference, data, strict=True):
+        meter.update(expected, runner.run(feed)[runner.output_names[0]])
+    drift = meter.result()
+    return {"relative_l2": drift.relative_l2, "cosine": drift.cosine}
+
+
+def measure(key: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Everything about one row."""
+    row = ROWS[key]
+    folder.mkdir(parents=True, exist_ok=True)
+    source, vocabulary = export(row, folder, arguments.layers)
+    calibration, held_out = (feeds(source, vocabulary, seed) for seed in (1, 2))
+    models, failures = {BASELINE: source}, {}
+    models.update(ours(row, source, calibration, folder, arguments.passes))
+    for number, name in enumerate(peers.PEERS):
+        target = folder / f"peer-{number}.onnx"
+        reason = peers.make(name, source, calibration, target)
+        if reason is None:
+            models[name] = target
+        else:
+            failures[name] = reason
+    gc.collect()
+    baseline = OrtRunner(source)
+    reference = [baseline.run(feed)[baseline.output_names[0]] for feed in held_out]
+    del baseline
+    found = {}
+    for name, path in list(models.items()):
+        try:
+            found[name] = errors(reference, path, held_out)
+        except OptimizerError as error:
+            failures[name] = str(error)
+            del models[name]
+    result = benchmark(
+        list(models.values()),
+        Setup(row.sizes(), threads=arguments.threads, vocabulary=vocabulary),
+        labels=list(models),
+        rounds=arguments.rounds,
+        seconds=arguments.seconds,
+    )
+    show(row, result, found, failures)
+    sizes = {name: _bytes(path) for name, path in models.items()}
+    return {
+        "title": row.title,
+        "required": row.required,
+        "goal": row.goal,
+        "speedup": next(t.speedup for t in result.timings if t.label.startswith(OURS)),
+        "errors": found,
+        "bytes": sizes,
+        "failures": failures,
+        **result.as_dict(),
+    }
+
+
+def _bytes(path: Path) -> int:
+    return sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*") if p.is_file())
+
+
+def show(
+    row: Row, result: BenchmarkResult, found: Mapping[str, Any], failures: Mapping[str, str]
+) -> None:
+    """One row as text."""
+    print(f"\n{row.title}: required {row.required}x, goal {row.goal}x, {result.threads} thread(s)")
+    for timing in result.timings:
+        error = found[timing.label]
+        low, high = timing.interval
+        print(
+            f"  {timing.label:30} {timing.median_ms:8.2f} ms  {timing.speedup:5.2f}x "
+            f"[{low:.2f}, {high:.2f}]  relative L2 {error['relative_l2']:.2e}  "
+            f"cosine {error['cosine']:.6f}"
+        )
+    for name, reason in failures.items():
+        print(f"  {name:30} failed: {reason}")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Measure the rows asked for and write them as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", default=",".join(ROWS), help="of: " + ", ".join(ROWS))
+    parser.add_argument("--passes", default="outliertune", help="what our models are made with")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=120.0, help="at most, per row")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--layers", type=int, help="fewer layers, to try the script out")
+    parser.add_argument("--out", type=Path, default=HOME / "results" / "speed.json")
+    parser.add_argument("--work", type=Path, help="keep the models here")
+    arguments = parser.parse_args()
+    unknown = [key for key in arguments.rows.split(",") if key not in ROWS]
+    if unknown:
+        parser.error(f"there is no row '{unknown[0]}'; rows: {', '.join(ROWS)}")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = arguments.work or Path(scratch)
+        rows = {key: measure(key, arguments, folder / key) for key in arguments.rows.split(",")}
+    if arguments.out.is_file():  # rows not measured now stay
+        rows = {**json.loads(arguments.out.read_text())["rows"], **rows}
+    write_result(arguments.out, {"rows": rows}, passes=arguments.passes)
+    print(f"\nwritten: {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
