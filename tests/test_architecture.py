@@ -28,7 +28,7 @@ LAYERS = [
         "machine metrics inputs sample_sources samples feeds probes targets memory listener onnx_wire",
         "graph nodes proto partition fingerprint structure block_parts blocks raising fusion "
         "checks model_input model_writer model_io frontends runners",
-        "observers calibration pass_base generation legalize",
+        "observers calibration pass_base quantization generation legalize",
         "passes",
         "budget recipe provenance report verify pipeline benchmark export inspection comparison",
         "progress job api cli __main__",
