@@ -277,6 +277,17 @@ def _take_name(old: ir.Value, new: ir.Value) -> None:
     old.name, new.name = new.name, old.name
 
 
+def inherit_name(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
+    """Let a constant made from another have its name, if nobody needs the other any more."""
+    if old.name is None or not new.is_initializer() or new.is_graph_output():
+        return
+    fixed = old.uses() or old.is_graph_output() or old.is_graph_input()
+    if graph.initializers.get(old.name) is old and not fixed:
+        del graph.initializers[old.name]
+    if old.name not in graph.initializers:
+        new.name = old.name
+
+
 def only_user(value: ir.Value) -> ir.Node | None:
     """The one node that reads ``value`` (once), None if there are more or it is a graph output."""
     uses = value.uses()

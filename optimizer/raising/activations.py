@@ -24,6 +24,11 @@ _POINTS = np.linspace(-6.0, 6.0, 121)
 _MAX_STEPS = 8
 _QUICK = 1.702
 
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return np.asarray(1 / (1 + np.exp(-x)))
+
+
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 _UNARY: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "Cast": lambda x: x,
@@ -32,7 +37,7 @@ _UNARY: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "Identity": lambda x: x,
     "Neg": np.negative,
     "Reciprocal": np.reciprocal,
-    "Sigmoid": lambda x: np.reciprocal(1 + np.exp(-x)),
+    "Sigmoid": _sigmoid,
     "Tanh": np.tanh,
 }
 _BINARY: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
@@ -42,10 +47,6 @@ _BINARY: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "Pow": np.power,
     "Sub": np.subtract,
 }
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return np.reciprocal(1 + np.exp(-x))
 
 
 #: What a curve may turn out to be, per function that every spelling of it contains.

@@ -18,6 +18,7 @@ from onnx.reference import ReferenceEvaluator
 from optimizer.graph import (
     attribute_graphs,
     constant,
+    inherit_name,
     lazy,
     release,
     replace_value,
@@ -46,6 +47,8 @@ _KEEP = frozenset(
         "RandomUniformLike",
     }
 )
+#: Their result is still the same weight, and keeps its name.
+_SAME_NUMBERS = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 
 
 def lift(model: ir.Model) -> RuleReport:
@@ -61,7 +64,7 @@ def run(model: ir.Model) -> RuleReport:
     )
 
 
-def make_initializer(graph: ir.Graph, value: ir.Value, tensor: ir.TensorProtocol) -> None:
+def make_initializer(graph: ir.Graph, value: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:
     """Let an initializer holding ``tensor`` take the place and the name of ``value``."""
     name = value.name or "constant"
     producer = value.producer()
@@ -77,6 +80,7 @@ def make_initializer(graph: ir.Graph, value: ir.Value, tensor: ir.TensorProtocol
     )
     graph.initializers.add(initializer)
     replace_value(value, initializer)
+    return initializer
 
 
 def _lift_constants(root: ir.Graph, graph: ir.Graph) -> int:
@@ -123,9 +127,14 @@ def _fold(graph: ir.Graph, node: ir.Node, opset: int, shapes: Shapes) -> int:
         if arrays is None or sum(array.nbytes for array in arrays) > limit:
             return 0
         tensors = [ir.Tensor(array) for array in arrays]
-    for output, tensor in zip(node.outputs, tensors, strict=True):
+    made = [
         make_initializer(graph, output, tensor)
+        for output, tensor in zip(node.outputs, tensors, strict=True)
+    ]
+    source = node.inputs[0] if node.inputs else None
     graph.remove(node, safe=True)
+    if node.op_type in _SAME_NUMBERS and source is not None:
+        inherit_name(graph, source, made[0])
     return 1
 
 

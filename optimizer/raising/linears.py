@@ -11,13 +11,21 @@ Cost:         weights are transposed when they are written, not now
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
-from optimizer.graph import add_initializer, constant, derived, insert, replace_value
+from optimizer.graph import (
+    add_initializer,
+    constant,
+    derived,
+    inherit_name,
+    insert,
+    replace_value,
+)
 from optimizer.raising.base import Miss, RuleReport, produced_by, site, sweep
 from optimizer.raising.constants import GROWTH_LIMIT
 from optimizer.raising.shapes import Shapes
@@ -25,16 +33,85 @@ from optimizer.raising.shapes import Shapes
 
 def run(model: ir.Model) -> RuleReport:
     """Raise linear layers; each sweep builds on the one before."""
-    transposed: dict[ir.Value, ir.Value] = {}
+    made = _Made(model.graph)
     raised = sweep(
         model,
         {
-            "Gemm": partial(_gemm, cache=transposed),
-            "MatMul": partial(_transposed_weight, cache=transposed),
-            "Conv": _pointwise,
+            "Gemm": partial(_gemm, made=made),
+            "MatMul": partial(_transposed_weight, made=made),
+            "Conv": partial(_pointwise, made=made),
         },
     )
-    return RuleReport.total([raised, sweep(model, {"Add": partial(_bias, shapes=Shapes())})])
+    biased = sweep(model, {"Add": partial(_bias, shapes=Shapes(), made=made)})
+    for old, new in made.pairs:
+        inherit_name(model.graph, old, new)
+    return RuleReport.total([raised, biased])
+
+
+@dataclass
+class _Made:
+    """Constants made from others.
+
+    Attributes:
+        graph: The main graph.
+        transposed: W -> W', so that layers that share one go on sharing it.
+        pairs: (before, after) of every constant, for its name.
+    """
+
+    graph: ir.Graph
+    transposed: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    pairs: list[tuple[ir.Value, ir.Value]] = field(default_factory=list)
+
+    def constant(
+        self, value: ir.Value, shape: Sequence[int], fn: Callable[[np.ndarray], np.ndarray]
+    ) -> ir.Value:
+        """A new initializer ``fn(value)`` of this shape."""
+        tensor = derived(value, shape, fn)
+        result = add_initializer(self.graph, value.name or "constant", tensor)
+        self.pairs.append((value, result))
+        return result
+
+    def transpose(self, node: ir.Node, weight: ir.Value) -> ir.Value:
+        """W' for the use of ``node``."""
+        if weight in self.transposed:
+            return self.transposed[weight]
+        dequantized = produced_by(weight, "DequantizeLinear")
+        stored = weight if dequantized is None else dequantized.inputs[0]
+        if stored is None:
+            msg = f"the weight '{weight.name}' is dequantized from nothing"
+            raise ValueError(msg)
+        result = self.constant(stored, _dims(stored)[::-1], np.transpose)
+        if dequantized is not None:
+            attributes = dict(dequantized.attributes.items())
+            axis = dequantized.attributes.get_int("axis", 1) % 2
+            attributes["axis"] = ir.AttrInt64("axis", 1 - axis)
+            result = insert(
+                self.graph, node, "DequantizeLinear", (result, *dequantized.inputs[1:]),
+                attributes, name=weight.name, dtype=weight.dtype, shape=result.shape,
+            )  # fmt: skip
+        self.transposed[weight] = result
+        return result
+
+    def vector(self, bias: ir.Value, columns: int, factor: float = 1.0) -> ir.Value:
+        """The constant [N] that broadcasts like ``bias`` over the last axis, if there is one."""
+        tensor = constant(bias)
+        if tensor is None:
+            return bias
+        shape = _dims(bias)
+        row = tensor.size in (1, columns) and (not shape or shape[-1] == tensor.size)
+        if (shape == (columns,) or not row) and factor == 1.0:
+            return bias
+
+        def scaled(array: np.ndarray) -> np.ndarray:
+            wide = np.broadcast_to(array.reshape(-1), (columns,)) if row else array
+            return wide if factor == 1.0 else (wide * wide.dtype.type(factor)).astype(wide.dtype)
+
+        return self.constant(bias, (columns,) if row else shape, scaled)
+
+
+def _dims(value: ir.Value) -> tuple[int, ...]:
+    tensor = constant(value)
+    return () if tensor is None else tuple(tensor.shape.numpy())
 
 
 def weight_of(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -43,7 +120,7 @@ def weight_of(value: ir.Value | None) -> ir.TensorProtocol | None:
     return constant(dequantized.inputs[0] if dequantized is not None else value)
 
 
-def _gemm(node: ir.Node, cache: dict[ir.Value, ir.Value]) -> bool | Miss:
+def _gemm(node: ir.Node, made: _Made) -> bool | Miss:
     graph, (x, weight) = node.graph, node.inputs[:2]
     tensor = weight_of(weight)
     if x is None or weight is None or tensor is None or not isinstance(graph, ir.Graph):
@@ -60,9 +137,11 @@ def _gemm(node: ir.Node, cache: dict[ir.Value, ir.Value]) -> bool | Miss:
     if node.attributes.get_int("transB", 0):
         if not _transposable(weight):
             return Miss(site(node), "the weight is also read untransposed")
-        weight = _transpose(graph, node, weight, cache)
+        weight = made.transpose(node, weight)
     if alpha != 1.0:
-        weight = _changed(graph, weight, lambda w: (w * w.dtype.type(alpha)).astype(w.dtype))
+        weight = made.constant(
+            weight, _dims(weight), lambda w: (w * w.dtype.type(alpha)).astype(w.dtype)
+        )
     output = node.outputs[0]
     shape = None if output.shape is None else [output.shape[0], int(columns)]
     y = insert(
@@ -70,7 +149,7 @@ def _gemm(node: ir.Node, cache: dict[ir.Value, ir.Value]) -> bool | Miss:
         dtype=output.dtype, shape=shape,
     )  # fmt: skip
     if third is not None:
-        bias = _vector(graph, third, int(columns), beta)
+        bias = made.vector(third, int(columns), beta)
         y = insert(graph, node, "Add", (y, bias), name=output.name, dtype=output.dtype, shape=shape)
     replace_value(output, y, keep_name=True)
     return True
@@ -98,72 +177,21 @@ def _reads_transposed(node: ir.Node, index: int) -> bool:
     return node.op_type == "Transpose"
 
 
-def _transpose(
-    graph: ir.Graph, node: ir.Node, weight: ir.Value, cache: dict[ir.Value, ir.Value]
-) -> ir.Value:
-    if weight in cache:
-        return cache[weight]
-    dequantized = produced_by(weight, "DequantizeLinear")
-    if dequantized is None:
-        result = _changed(graph, weight, np.transpose)
-    else:
-        stored, *rest = dequantized.inputs
-        if stored is None:
-            msg = f"node '{site(dequantized)}' has no input"
-            raise ValueError(msg)
-        attributes = dict(dequantized.attributes.items())
-        axis = dequantized.attributes.get_int("axis", 1) % 2
-        attributes["axis"] = ir.AttrInt64("axis", 1 - axis)
-        turned = _changed(graph, stored, np.transpose)
-        result = insert(
-            graph, node, "DequantizeLinear", (turned, *rest), attributes,
-            name=weight.name, dtype=weight.dtype, shape=turned.shape,
-        )  # fmt: skip
-    cache[weight] = result
-    return result
-
-
-def _changed(graph: ir.Graph, value: ir.Value, fn: Callable[[np.ndarray], np.ndarray]) -> ir.Value:
-    """A new constant ``fn(value)``; fn is None for its shape only where it transposes."""
-    shape = tuple(value.const_value.shape.numpy()) if value.const_value is not None else ()
-    shape = shape[::-1] if fn is np.transpose else shape
-    return add_initializer(graph, value.name or "weight", derived(value, shape, fn))
-
-
-def _vector(graph: ir.Graph, bias: ir.Value, columns: int, factor: float = 1.0) -> ir.Value:
-    """The constant [N] that broadcasts like ``bias`` over the last axis, ``bias`` if it is none."""
-    tensor = constant(bias)
-    if tensor is None:
-        return bias
-    shape = tuple(tensor.shape.numpy())
-    row = tensor.size in (1, columns) and (not shape or shape[-1] == tensor.size)
-    if (shape == (columns,) or not row) and factor == 1.0:
-        return bias
-
-    def scaled(array: np.ndarray) -> np.ndarray:
-        wide = np.broadcast_to(array.reshape(-1), (columns,)) if row else array
-        return wide if factor == 1.0 else (wide * wide.dtype.type(factor)).astype(wide.dtype)
-
-    name = bias.name or "bias"
-    return add_initializer(graph, name, derived(bias, (columns,) if row else shape, scaled))
-
-
-def _transposed_weight(node: ir.Node, cache: dict[ir.Value, ir.Value]) -> bool | Miss:
+def _transposed_weight(node: ir.Node, made: _Made) -> bool | Miss:
     """MatMul(x, Transpose(W)) where folding left the Transpose: W is large, or dequantized."""
     turned = produced_by(node.inputs[1], "Transpose")
-    graph = node.graph
-    if turned is None or turned.inputs[0] is None or not isinstance(graph, ir.Graph):
+    if turned is None or turned.inputs[0] is None:
         return False
     weight = turned.inputs[0]
     if weight_of(weight) is None or list(turned.attributes.get_ints("perm", (1, 0))) != [1, 0]:
         return False
     if not _transposable(weight):
         return Miss(site(node), "the weight is also read untransposed")
-    node.replace_input_with(1, _transpose(graph, turned, weight, cache))
+    node.replace_input_with(1, made.transpose(turned, weight))
     return True
 
 
-def _pointwise(node: ir.Node) -> bool:
+def _pointwise(node: ir.Node, made: _Made) -> bool:
     """Transpose -> Conv with one tap -> Transpose, over sequences [B, C, S]."""
     before = produced_by(node.inputs[0], "Transpose")
     tensor, graph, output = constant(node.inputs[1]), node.graph, node.outputs[0]
@@ -181,8 +209,7 @@ def _pointwise(node: ir.Node) -> bool:
     if weight is None or x is None or "auto_pad" in node.attributes:
         return False
     columns, rows, _ = tensor.shape.numpy()
-    stored = derived(weight, (rows, columns), lambda w: w[:, :, 0].T)
-    matrix = add_initializer(graph, weight.name or "weight", stored)
+    matrix = made.constant(weight, (rows, columns), lambda w: w[:, :, 0].T)
     y = insert(graph, node, "MatMul", (x, matrix), name=f"{output.name}/matmul", dtype=x.dtype)
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         y = insert(graph, node, "Add", (y, node.inputs[2]), name=output.name, dtype=x.dtype)
@@ -191,7 +218,7 @@ def _pointwise(node: ir.Node) -> bool:
     return True
 
 
-def _bias(node: ir.Node, shapes: Shapes) -> bool:
+def _bias(node: ir.Node, shapes: Shapes, made: _Made) -> bool:
     """A bias [1, .., N] becomes [N], one that is added after splitting N into heads comes first."""
     graph, (y, bias) = node.graph, node.inputs
     split = produced_by(y, "Reshape")
@@ -212,10 +239,9 @@ def _bias(node: ir.Node, shapes: Shapes) -> bool:
     if split is None:
         if len(own) < 2:
             return False
-        node.replace_input_with(1, _vector(graph, bias, columns))
+        node.replace_input_with(1, made.vector(bias, columns))
         return True
-    flat = derived(bias, (columns,), lambda array: array.reshape(-1))
-    vector = add_initializer(graph, bias.name or "bias", flat)
+    vector = made.constant(bias, (columns,), lambda array: array.reshape(-1))
     y = insert(
         graph, node, "Add", (product, vector), name=f"{output.name}/bias", dtype=output.dtype,
         shape=product.shape,

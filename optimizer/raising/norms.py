@@ -19,7 +19,16 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
-from optimizer.graph import add_initializer, const, constant, derived, insert, replace_value, scalar
+from optimizer.graph import (
+    add_initializer,
+    const,
+    constant,
+    derived,
+    inherit_name,
+    insert,
+    replace_value,
+    scalar,
+)
 from optimizer.raising.base import Miss, RuleReport, produced_by, site, sweep
 from optimizer.raising.shapes import Shapes
 
@@ -358,6 +367,8 @@ def _existing(node: ir.Node, shapes: Shapes) -> bool | Miss:
         own = tuple(tensor.shape.numpy())
         if len(own) > 1 and own[-1] == tensor.size:
             flat = derived(value, own[-1:], lambda array: array.reshape(-1))
-            node.replace_input_with(index, add_initializer(graph, value.name or "norm", flat))
+            vector = add_initializer(graph, value.name or "norm", flat)
+            node.replace_input_with(index, vector)
+            inherit_name(graph, value, vector)
             changed = True
     return changed
