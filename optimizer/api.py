@@ -48,7 +48,7 @@ def optimize(
         overrides: ``pass.option=value``.
         calibration: See ``samples.load_samples``; ``self`` lets a language model write its own.
             Without it, ``<name>.calibration.npz`` beside the model file is used.
-        evaluation: The same for drift; by default ``<name>.evaluation.npz``, else the calibration.
+        evaluation: The same for drift; by default ``<name>.eval.npz``, else the calibration.
         custom_ops: Libraries of custom operators.
         options: Fields of ``recipe.Settings`` (target, verify, budget, samples, ...) and of
             ``Request`` (force, dry_run, fail_on_noop, example_inputs, listener, ...).

@@ -66,5 +66,5 @@ def compare(
 
 def beside(path: Path) -> Path | None:
     """The evaluation, else the calibration data that lies beside a model."""
-    names = (f"{path.stem}.{kind}.npz" for kind in ("evaluation", "calibration"))
+    names = (f"{path.stem}.{kind}.npz" for kind in ("eval", "calibration"))
     return next((item for name in names if (item := path.with_name(name)).is_file()), None)

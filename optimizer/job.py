@@ -31,6 +31,10 @@ from optimizer.samples import SampleSpec, is_past, load_samples
 #: A path, ``hf:DIR-or-ID``, ``package.module:factory``, a model in memory, or a torch module.
 ModelSpec: TypeAlias = Any
 
+#: Data beside ``model.onnx`` that is used without being named: ``model.calibration.npz``, ...
+_BESIDE = {"calibration": "calibration", "evaluation": "eval"}
+#: As many samples of it, unless the user says how many: enough for a first answer in seconds.
+_BESIDE_SAMPLES = 64
 #: Samples a plan looks at: enough to see which sites match.
 _PLAN_SAMPLES = 4
 #: Metadata of the result that says which layers' caches live where.
@@ -141,9 +145,13 @@ class Job:
             beside = self._beside(key)
             if named is None and beside is not None:
                 named = str(beside)
-                settings = self.recipe.settings.model_copy(update={key: named})
-                self.recipe = replace(self.recipe, settings=settings)
-                self.listener.note(f"{key} data: {named} (beside the model)")
+                settings = self.recipe.settings
+                samples = settings.samples or _BESIDE_SAMPLES
+                update = {key: named, "samples": samples}
+                self.recipe = replace(self.recipe, settings=settings.model_copy(update=update))
+                self.listener.note(
+                    f"{key} data: {named}, found beside the model (at most {samples} samples)"
+                )
             setattr(self.request, key, named)
 
     def _beside(self, key: str) -> Path | None:
@@ -153,7 +161,7 @@ class Job:
         if frontends.is_model_spec(text) != "onnx":
             return None
         path = Path(text)
-        candidate = path.with_name(f"{path.stem}.{key}.npz")
+        candidate = path.with_name(f"{path.stem}.{_BESIDE[key]}.npz")
         return candidate if candidate.is_file() else None
 
     def _check_early(self) -> None:

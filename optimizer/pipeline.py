@@ -94,6 +94,7 @@ class Run:
         self._reference = self._measure_original()
         self._original = self.model.clone() if self._verifies("final") else None
         self._exact = True
+        self._measured = False
         for step in (first_step(), *self.recipe.steps):
             self._run_pass(step)
         if self.fail_on_noop and not self.report.matched():
@@ -127,6 +128,7 @@ class Run:
                 rewritten = time.perf_counter()
                 checks.check_pass(before, self.model, graph_pass, result)
             self._exact = self._exact and exactness is not Exactness.APPROXIMATE
+            self._measured = self._measured and not result.modified
             verdict = drift = None
             if result.modified and self._verifies("each"):
                 verdict, drift = self._verify(step.name, before, exactness)
@@ -146,11 +148,10 @@ class Run:
     def _verify(
         self, name: str, before: ir.Model, exactness: Exactness
     ) -> tuple[str | None, Drift | None]:
-        """Prove an exact pass, measure any."""
-        verdict = None
+        """Prove an exact pass, measure an approximate one."""
         if exactness is not Exactness.APPROXIMATE:
-            verdict = self._prove(name, before, exactness)
-        return verdict, self._measure(name)
+            return self._prove(name, before, exactness), None
+        return None, self._measure(name)
 
     def _prove(self, name: str, before: ir.Model, exactness: Exactness) -> str:
         self.listener.stage(f"{name}: verifying")
@@ -178,6 +179,7 @@ class Run:
                 "the original are; nothing was written"
             )
             raise VerificationError(msg)
+        self._measured, self.report.drift = True, drift
         return drift
 
     def _lower(self) -> None:
@@ -197,7 +199,6 @@ class Run:
         sizes = (size, size_of(self.model))
         row = _row("legalize", Exactness.REASSOCIATED, result, sizes, times)
         self.report.rows.append(replace(row, peak_bytes=peak.bytes, drift=drift, verdict=verdict))
-        self.report.drift = drift
 
     def _verify_lowered(
         self, before: ir.Model, *, modified: bool
@@ -212,6 +213,8 @@ class Run:
             verdict = self._prove("legalize", self._original, Exactness.REASSOCIATED)
         elif self._exact and modified:
             verdict = self._prove("legalize", before, Exactness.REASSOCIATED)
+        if self._measured and not modified:
+            return verdict, self.report.drift
         return verdict, self._measure("legalize")
 
     def _judge(self) -> None:

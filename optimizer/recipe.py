@@ -245,13 +245,13 @@ def _explain(error: ValidationError, where: str, known: list[str]) -> str:
     problems = error.errors()
     first = problems[0]
     option = str(first["loc"][0]) if first["loc"] else ""
+    if not option:  # of several options together: the pass says what is wrong
+        return where + first["msg"].removeprefix("Value error, ")
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{where}there is no option '{option}'; {_suggest(option, known)}"
     same = [item for item in problems if item["loc"] and str(item["loc"][0]) == option]
     wanted = " or ".join(dict.fromkeys(_wanted(item["msg"]) for item in same))
-    found = f"found {first['input']!r}, " if option else ""
-    label = f"option '{option}': " if option else ""
-    return f"{where}{label}{found}expected: {wanted}"
+    return f"{where}option '{option}': found {first['input']!r}, expected: {wanted}"
 
 
 def _wanted(message: str) -> str:

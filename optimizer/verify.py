@@ -232,12 +232,19 @@ class _Comparison:
             ):
                 self._segment(old_part, new_part, probes, wanted, errors)
             return errors, method
+        self._both(probes, wanted, errors)
+        return errors, method
+
+    def _both(
+        self, probes: Sequence[Probe], wanted: Sequence[Outputs], errors: dict[str, _Errors]
+    ) -> None:
+        """Run both models whole, one session at a time, and collect their errors."""
         for model, attribute in ((self.before, "own"), (self.after, "found")):
             runner = self._ort(model)
             for probe, reference in zip(probes, wanted, strict=True):
                 outputs = runner.run(_fitting(probe.feed, runner))
                 _collect(errors, attribute, probe, reference, outputs)
-        return errors, method
+            del runner
 
     def _segment(
         self,
@@ -270,11 +277,8 @@ class _Comparison:
         plain = self._ort(self.before, optimize=False)
         references = [plain.run(probe.feed) for probe in probes]
         errors: dict[str, _Errors] = {}
-        for model, attribute in ((self.before, "own"), (self.after, "found")):
-            runner = self._ort(model)
-            for probe, reference in zip(probes, references, strict=True):
-                outputs = runner.run(_fitting(probe.feed, runner))
-                _collect(errors, attribute, probe, reference, outputs)
+        del plain
+        self._both(probes, references, errors)
         for error in errors.values():
             error.own *= _FLOAT32_FACTOR
             error.epsilon *= _FLOAT32_FACTOR

@@ -121,7 +121,7 @@ def test_samples_limits_the_data(small: Path) -> None:
 def test_evaluation_data_is_what_drift_is_measured_on(small: Path) -> None:
     held_out = {"input_ids": token_samples(count=2)["input_ids"]}
     assert optimize(small, [SCALE], evaluation=held_out, write=False).report.samples == 2
-    np.savez(small.with_name("small.evaluation.npz"), **token_samples(count=4))
+    np.savez(small.with_name("small.eval.npz"), **token_samples(count=4))
     assert optimize(small, [SCALE], write=False).report.samples == 4
 
 

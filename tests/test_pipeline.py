@@ -78,7 +78,7 @@ def test_verification_can_be_switched_off() -> None:
 def test_the_drift_of_an_approximate_pass_is_measured_against_the_original() -> None:
     report = execute(demo.Scale, demo.Swap, data=True)
     assert row(report, "scale").drift.relative_l2 == pytest.approx(1e-3, rel=0.01)
-    assert row(report, "swap").drift.relative_l2 == pytest.approx(1e-3, rel=0.01)
+    assert row(report, "swap").drift is None, "an exact pass is proven instead"
     assert report.drift is not None
     assert report.drift.relative_l2 == pytest.approx(1e-3, rel=0.01)
     assert report.samples == 6

@@ -85,7 +85,7 @@ _data = _options(
         "--eval",
         "evaluation",
         metavar="DATA",
-        help="Held-out data that drift is measured on.  [default: MODEL.evaluation.npz, else the "
+        help="Held-out data that drift is measured on.  [default: MODEL.eval.npz, else the "
         "calibration data]",
     ),
     click.option("--samples", type=int, metavar="N", help="Use the first N samples."),

@@ -139,7 +139,7 @@ def inspect_command(model: Path, custom_ops: tuple[Path, ...], as_json: bool) ->
 def check_command(first: Path, second: Path, budget: str, as_json: bool, **options: Any) -> int:  # noqa: FBT001
     """Compare the outputs of A and B on sample data; exit 3 if B drifts further than LIMITS.
 
-    Without --eval, A.evaluation.npz or A.calibration.npz beside A is used, else random inputs.
+    Without --eval, A.eval.npz or A.calibration.npz beside A is used, else random inputs.
     """
     from optimizer.budget import Budget
     from optimizer.cli import screen

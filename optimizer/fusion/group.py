@@ -264,7 +264,11 @@ def _streams(
             hidden.append(x)
         return hidden, x
     hidden = [
-        w.op("Sum", [x, *attended[max(0, j - distance) : j + 1]], f"hidden.{j}")
+        _total(w, [x, *attended[max(0, j - distance) : j + 1]], f"hidden.{j}")
         for j in range(len(attended))
     ]
-    return hidden, w.op("Sum", [x, *attended], "attended")
+    return hidden, _total(w, [x, *attended], "attended")
+
+
+def _total(w: Writer, values: Sequence[ir.Value], name: str) -> ir.Value:
+    return w.op("Add" if len(values) == 2 else "Sum", values, name)

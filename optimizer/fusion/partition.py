@@ -5,8 +5,9 @@ alone. It *saves* the sum of (size - 1) layers. Damage is any measured number th
 change and grows with it (mean KL of the logits in practice).
 
 The search goes level by level, one saved layer at a time, and keeps the best few partitions of each
-level. Candidates of a level are ranked by a prediction from the damage of single groups, and the
-best-ranked are measured whole, so interaction between groups is never assumed away. Prediction:
+level. Candidates of a level are ranked by a prediction from the damage of single groups; the
+best-ranked are measured whole on some of the data, and the best of those on all of it, so that
+neither interaction between groups nor sampling noise is assumed away. Prediction:
 for small perturbations KL is quadratic in the change of the logits, so with ``k_g`` the damage of
 group g alone and r the mean correlation between the changes of two groups,
 ``k = sum_g k_g + 2 r sum_{g<h} sqrt(k_g k_h)``; r is fitted to what has been measured so far.
@@ -48,23 +49,26 @@ class Search:
     """Level-by-level search.
 
     Attributes:
-        single: Damage of every allowed group on its own.
-        measure: Damage of a whole partition.
-        beam: Partitions of a level that the next levels build on.
-        trials: Partitions measured per level.
+        single: Damage of every allowed group on its own, as ``screen`` sees it.
+        screen: Damage of a whole partition, quickly.
+        confirm: The same, precisely.
+        beam: Partitions of a level that are confirmed and that the next levels build on.
+        trials: Partitions of a level that are screened.
     """
 
     single: Mapping[Group, float]
-    measure: Callable[[Partition], float]
+    screen: Callable[[Partition], float]
+    confirm: Callable[[Partition], float]
     beam: int = 3
     trials: int = 6
-    _measured: dict[Partition, float] = field(default_factory=dict)
+    _screened: dict[Partition, float] = field(default_factory=dict)
+    _confirmed: dict[Partition, float] = field(default_factory=dict)
     _levels: dict[int, list[Trial]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._levels[0] = [Trial(0.0, ())]
         for group, damage in self.single.items():
-            self._measured[(group,)] = damage
+            self._screened[(group,)] = damage
         self._best = _best_sums(self.single, self.trials)
 
     def level(self, count: int) -> Trial | None:
@@ -72,33 +76,44 @@ class Search:
 
         Call with 1, 2, 3, ...: a level builds on those below.
         """
-        for groups in self._ranked(self._proposals(count))[: self.trials]:
-            self._damage(groups)
-        found = self._keep(count)
-        if not found:
-            return None
-        # What is next to the best one may be better still.
-        near = {n for t in found for n in self._moved(t.groups)} - self._measured.keys()
-        for groups in self._ranked(near)[: self.trials // 2]:
-            self._damage(groups)
-        return self._keep(count)[0]
+        self._screen(self._proposals(count), self.trials)
+        for windows in self._windows(count):
+            self._screen(windows, 1)
+        self._confirm(count)
+        # What is next to the best ones may be better still.
+        near = {n for t in self._levels[count] for n in self._moved(t.groups)}
+        self._screen(near, self.trials // 2)
+        self._confirm(count)
+        return next(iter(self._levels[count]), None)
 
-    def _keep(self, count: int) -> list[Trial]:
-        trials = [Trial(d, g) for g, d in self._measured.items() if saved(g) == count]
-        self._levels[count] = heapq.nsmallest(self.beam, trials)
-        return self._levels[count]
+    def _screen(self, proposals: Iterable[Partition], most: int) -> None:
+        new = {groups for groups in proposals if groups not in self._screened}
+        for groups in self._ranked(new)[:most]:
+            self._screened[groups] = self.screen(groups)
 
-    def _damage(self, groups: Partition) -> float:
-        if groups not in self._measured:
-            self._measured[groups] = self.measure(groups)
-        return self._measured[groups]
+    def _confirm(self, count: int) -> None:
+        screened = [Trial(d, g) for g, d in self._screened.items() if saved(g) == count]
+        for trial in heapq.nsmallest(self.beam, screened):
+            if trial.groups not in self._confirmed:
+                self._confirmed[trial.groups] = self.confirm(trial.groups)
+        confirmed = [Trial(d, g) for g, d in self._confirmed.items() if saved(g) == count]
+        self._levels[count] = heapq.nsmallest(self.beam, confirmed)
 
     def _proposals(self, count: int) -> set[Partition]:
         proposals = set(self._best.get(count, ()))
         for below in range(max(0, count - 8), count):
             for trial in self._levels.get(below, ()):
                 proposals.update(self._grown(trial.groups, count - below))
-        return {p for p in proposals if p and p not in self._measured}
+        return proposals
+
+    def _windows(self, count: int) -> Iterable[list[Partition]]:
+        """What one would pick by hand: groups of one size, one after the other; per size."""
+        for size in sorted({size for _, size in self.single}):
+            number, rest = divmod(count, size - 1)
+            starts = sorted(start for start, n in self.single if n == size)
+            runs = [tuple((s + i * size, size) for i in range(number)) for s in starts]
+            if not rest:
+                yield [run for run in runs if all(group in self.single for group in run)]
 
     def _grown(self, groups: Partition, more: int) -> Iterable[Partition]:
         """Partitions that save ``more`` layers more: one group added, or one made larger."""
@@ -143,7 +158,7 @@ class Search:
     def _correlation(self) -> float:
         """Least-squares r over the partitions of several groups measured so far."""
         above = below = 0.0
-        for groups, damage in self._measured.items():
+        for groups, damage in self._screened.items():
             if len(groups) > 1:
                 alone, crossed = self._terms(groups)
                 above += (damage - alone) * crossed

@@ -240,12 +240,21 @@ def _padding(
     return result
 
 
+def gather_elements(inputs: Arrays, attributes: Attributes) -> tuple[Array, ...]:
+    """Y[i, j] = X[index[i, j], j] for axis 0, and so on (``onnx.reference`` fails on axis 1)."""
+    x, index = inputs[0], inputs[1]
+    axis = int(attributes.get("axis", 0)) % x.ndim
+    corner = tuple(slice(None if a == axis else n) for a, n in enumerate(index.shape))
+    return (np.take_along_axis(x[corner], np.where(index < 0, index + x.shape[axis], index), axis),)
+
+
 #: Operators of the default domain; all opset versions in which they exist mean the same.
 OPERATORS: dict[str, Operator] = {
     "Attention": attention,
     "Conv": conv,
     "DequantizeLinear": dequantize_linear,
     "Erf": erf_op,
+    "GatherElements": gather_elements,
     "Gelu": gelu,
     "LayerNormalization": layer_normalization,
     "MatMul": matmul,

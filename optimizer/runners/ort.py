@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from optimizer.errors import MissingDependencyError, ModelError, OptimizerError, UnsupportedError
@@ -21,6 +23,8 @@ _INLINE = tuple(
     for t in ir.DataType
     if t.name.startswith(("INT4", "UINT4", "INT2", "UINT2", "FLOAT4", "STRING"))
 )
+
+_FOLDER_ENTRY = "session.model_external_initializers_file_folder_path"
 
 _DTYPES = {
     "tensor(float)": "float32",
@@ -52,7 +56,8 @@ class OrtRunner:
     """One ONNX Runtime session.
 
     The graph is handed over as protobuf without its large initializers; those are passed by
-    reference, so the weights are neither copied nor serialized, and there is no size limit.
+    reference, or as places in the files they lie in, so the weights are not serialized and there
+    is no size limit.
     The session sees the model as it is at construction: later changes to the graph do not
     reach it.
 
@@ -125,6 +130,7 @@ class OrtRunner:
                 outputs.append(value)
         self._passed = tuple(passed)
         proto, large = skeleton(model, outputs=outputs, part=part, keep=_INLINE)
+        _link_files(proto, large, options)
         if large:
             # The session reads this memory as long as it lives, but does not own it.
             self._weights = [_ort_value(t) for t in large.values()]
@@ -162,6 +168,32 @@ class OrtRunner:
         for name in self._passed:
             result[name] = feed[name]
         return result
+
+
+def _link_files(proto: onnx.ModelProto, large: dict[str, ir.TensorProtocol], options: Any) -> None:
+    """Let ONNX Runtime read weights from the files they lie in, instead of through our memory.
+
+    It takes one folder; what lies elsewhere stays in ``large``, the rest is removed from it.
+    """
+    files = {
+        name: (tensor, Path(tensor.path).resolve())
+        for name, tensor in large.items()
+        if isinstance(tensor, ir.ExternalTensor) and Path(tensor.path).is_file()
+    }
+    if not files:
+        return
+    folder = Counter(path.parent for _, path in files.values()).most_common(1)[0][0]
+    protos = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for name, (tensor, path) in files.items():
+        if path.parent != folder:
+            continue
+        del large[name]
+        entries = protos[name].external_data
+        del entries[:]
+        entries.add(key="location", value=path.name)
+        entries.add(key="offset", value=str(tensor.offset or 0))
+        entries.add(key="length", value=str(tensor.nbytes))
+    options.add_session_config_entry(_FOLDER_ENTRY, str(folder))
 
 
 def session_options(

@@ -17,6 +17,7 @@ import onnx_ir.passes.common as common_passes
 from onnx.reference.ops._op_list import load_op
 
 from optimizer.errors import ModelError, UnsupportedError
+from optimizer.graph import release
 from optimizer.proto import names_read
 from optimizer.runners.base import Feed
 from optimizer.runners.numpy_ops import Array, find_operator
@@ -118,7 +119,12 @@ class ReferenceRunner:
             return values[name]
         if name in self._cache:
             return self._cache[name]
-        array = self._converted(self._tensors[name].numpy())
+        tensor = self._tensors[name]
+        raw = tensor.numpy()
+        array = self._converted(raw)
+        if array is not raw:
+            del raw
+            release(tensor)
         if array.nbytes <= _CACHE_BYTES:
             self._cache[name] = array
         return array
@@ -137,16 +143,31 @@ class ReferenceRunner:
                 str(node.name),
                 node.op_type,
                 self._operator(node, model),
-                tuple("" if v is None else str(v.name) for v in node.inputs),
+                self._arguments(node),
                 _written(node),
                 tuple(free.get(index, ())),
             )
             for index, node in enumerate(nodes)
         )
 
+    def _is_lookup(self, node: ir.Node) -> bool:
+        """Gather from an initializer: only the rows looked up need converting, not the table."""
+        table = node.inputs[0] if node.op_type == "Gather" and node.domain == "" else None
+        return table is not None and table.name in self._tensors
+
+    def _arguments(self, node: ir.Node) -> tuple[str, ...]:
+        names = tuple("" if v is None else str(v.name) for v in node.inputs)
+        return ("", *names[1:]) if self._is_lookup(node) else names
+
     def _operator(
         self, node: ir.Node, model: ir.Model
     ) -> Callable[[dict[str, Array], list[Any]], Sequence[Any]]:
+        if self._is_lookup(node):
+            table = self._tensors[str(node.inputs[0].name)]  # type: ignore[union-attr]
+            axis = node.attributes.get_int("axis", 0)
+            return lambda _, arguments: (
+                self._converted(np.take(table.numpy(), arguments[1], axis=axis)),
+            )
         attributes = {k: a.value for k, a in node.attributes.items() if not a.is_ref()}
         own = find_operator(
             node.domain, node.op_type, attributes, len(node.inputs), len(node.outputs)
