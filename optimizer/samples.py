@@ -111,12 +111,21 @@ class SampleSet:
     def _look(self) -> tuple[int, tuple[str, ...]]:
         """Go through all samples once: a fault in the last one is found before any work."""
         count, extras, filled = 0, dict[str, None](), dict[str, None]()
+        raw_pixels: set[str] = set()
         for sample in self:
             count += 1
+            raw_pixels.update(_raw_pixels(sample.feed))
             extras.update(dict.fromkeys(sample.extras))
             filled.update(dict.fromkeys(sample.filled))
         if filled:
             logger.info("%s: filled in %s, which the data lacks", self._option, listed(filled))
+        for name in sorted(raw_pixels):
+            logger.warning(
+                "%s: '%s' holds values from 0 up to 255: if the model expects normalised pixels, "
+                "apply its preprocessing first",
+                self._option,
+                name,
+            )
         return count, tuple(extras)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -288,6 +297,22 @@ def _check_values(array: np.ndarray, spec: InputSpec, where: str) -> None:
                 f"{where}: '{spec.name}' holds token id {wrong}, the model's vocabulary is "
                 f"0..{spec.vocab - 1}; use the tokenizer of this model."
             )
+
+
+def _raw_pixels(feed: Mapping[str, np.ndarray]) -> list[str]:
+    """Names of images that look as if nobody had scaled them.
+
+    Missing preprocessing is easily taken for damage done by a pass.
+    """
+    return [
+        name
+        for name, array in feed.items()
+        if array.ndim == 4
+        and array.dtype.kind == "f"
+        and array.size
+        and array.min() >= 0
+        and 32 < array.max() <= 255
+    ]
 
 
 def _stackable(a: Batch, b: Batch) -> bool:

@@ -152,6 +152,14 @@ class TestFilledIn:
             "--calibration: filled in attention_mask, which the data lacks"
         ]
 
+    def test_images_that_nobody_scaled_are_pointed_out(self, caplog):
+        image = np.full((2, 3, 4, 4), 200, np.float32)
+        load_samples({"pixel_values": image}, [IMAGE])
+        assert "'pixel_values' holds values from 0 up to 255" in caplog.text
+        caplog.clear()
+        load_samples({"pixel_values": image / 255}, [IMAGE])
+        assert not caplog.text
+
     def test_int32_ids_fit_an_int64_input(self):
         assert only({"input_ids": ids().astype(np.int32)})[0].feed["input_ids"].dtype == INT64
 

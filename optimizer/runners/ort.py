@@ -135,7 +135,12 @@ class OrtRunner:
             # The session reads this memory as long as it lives, but does not own it.
             self._weights = [_ort_value(t) for t in large.values()]
             options.add_external_initializers(list(large), self._weights)
-        return bytes(proto.SerializeToString(deterministic=True))
+        try:
+            return bytes(proto.SerializeToString(deterministic=True))
+        except Exception as error:  # protobuf's own classes differ between its versions
+            raise UnsupportedError(
+                f"the model's 4-bit weights exceed what one protobuf message holds (2 GB): {error}"
+            ) from error
 
     @property
     def input_names(self) -> tuple[str, ...]:
