@@ -253,7 +253,8 @@ def export(entry: Entry, opset: int, kv_cache: bool, cache_dir: Path = CACHE) ->
     if path.is_file():
         return path
     for stale in cache_dir.glob(f"{cell}-{'[0-9a-f]' * 16}.onnx"):
-        stale.unlink(missing_ok=True)
+        if stale != path:  # another process may have written it just now
+            stale.unlink(missing_ok=True)
     model = make_model(entry)
     plan = hugging_face.detect(_with_architecture(model))
     exported = hugging_face.export_loaded(model, plan, kv_cache=kv_cache, opset=opset)
