@@ -17,12 +17,12 @@ import onnx_ir as ir
 from optimizer.graph import add_initializer, const, constant, insert, replace_value
 from optimizer.raising.base import LocalRule, Miss, RuleReport, produced_by, sweep
 from optimizer.raising.constants import make_initializer
-from optimizer.raising.dims import Dim, Shape
+from optimizer.raising.dims import Shape
 from optimizer.raising.shapes import Shapes
 
 _ARITHMETIC = frozenset(
     {"Shape", "Gather", "Slice", "Concat", "Squeeze", "Unsqueeze", "Cast", "Reshape", "Size"}
-    | {"Add", "Mul", "Sub", "Div", "Identity"}
+    | {"Add", "Mul", "Sub", "Div", "Identity", "Where"}
 )
 _INTEGERS = frozenset({ir.DataType.INT64, ir.DataType.INT32})
 
@@ -39,7 +39,6 @@ def run(model: ir.Model) -> RuleReport:
         "Squeeze": _with(shapes, _unchanged),
         "Unsqueeze": _with(shapes, _unchanged),
         "Transpose": _with(shapes, _restore),
-        "Where": _with(shapes, _where),
     }
     return RuleReport.total([RuleReport(folded), sweep(model, rules)])
 
@@ -221,22 +220,3 @@ def _restore(node: ir.Node, shapes: Shapes) -> bool:
     )  # fmt: skip
     replace_value(outer, new, keep_name=True)
     return True
-
-
-def _where(node: ir.Node, shapes: Shapes) -> bool:
-    """Where(shape == -1, ..., shape): no dimension is negative."""
-    equal = produced_by(node.inputs[0], "Equal")
-    if equal is None or node.inputs[2] is None:
-        return False
-    vector, number = shapes.vector(equal.inputs[0]), shapes.vector(equal.inputs[1])
-    if vector is None or number is None or set(number) != {-1} or not all(map(_positive, vector)):
-        return False
-    if not shapes.same(node.inputs[2], node.outputs[0]):
-        return False
-    replace_value(node.outputs[0], node.inputs[2])
-    return True
-
-
-def _positive(dim: Dim) -> bool:
-    """Whether a dimension is a sum of products of sizes, hence not negative."""
-    return dim >= 0 if isinstance(dim, int) else all(count > 0 for _, count in dim)

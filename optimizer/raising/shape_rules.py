@@ -143,6 +143,15 @@ def _unsqueeze(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
     return tuple(1 if axis in added else next(rest) for axis in range(rank))
 
 
+def _flatten(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
+    source = shapes.of(node.inputs[0])
+    if source is None:
+        return None
+    axis = node.attributes.get_int("axis", 1)
+    axis = axis + len(source) if axis < 0 else axis
+    return dims.product(source[:axis]), dims.product(source[axis:])
+
+
 def _squeeze(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
     source, axes = shapes.of(node.inputs[0]), axes_of(node, 1)
     if source is None:
@@ -324,6 +333,7 @@ RULES: dict[str, Rule] = {
     "ConstantOfShape": _constant_of_shape,
     "Conv": _conv,
     "Expand": _expand,
+    "Flatten": _flatten,
     "Gather": _gather,
     "GatherElements": _like_index,
     "GatherND": _gather_nd,

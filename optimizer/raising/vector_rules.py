@@ -61,6 +61,34 @@ def _vector_of_product(shapes: Shapes, node: ir.Node) -> Shape | None:
     return None if source is None else (dims.product(source),)
 
 
+def _vector_of_choice(shapes: Shapes, node: ir.Node) -> Shape | None:
+    """Where(a == b, x, y) if each pair is known to be equal or not: no size is negative."""
+    equal = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if equal is None or equal.op_type != "Equal" or equal.domain != "":
+        return None
+    vectors = [shapes.vector_within(v) for v in (*equal.inputs, *node.inputs[1:])]
+    known = [vector for vector in vectors if vector is not None]
+    size = max((len(vector) for vector in known), default=0)
+    if len(known) != len(vectors):
+        return None
+    left, right, same, other = (v * size if len(v) == 1 else v for v in known)
+    result = []
+    for a, b, x, y in zip(left, right, same, other, strict=True):
+        if a != b and not _differ(a, b):
+            return None
+        result.append(x if a == b else y)
+    return tuple(result)
+
+
+def _differ(left: Dim, right: Dim) -> bool:
+    if isinstance(left, int) and isinstance(right, int):
+        return left != right
+    number, size = (left, right) if isinstance(left, int) else (right, left)
+    if not isinstance(number, int) or isinstance(size, int):
+        return False
+    return number < 0 and all(count > 0 for _, count in size)
+
+
 def _vector_unchanged(shapes: Shapes, node: ir.Node) -> Shape | None:
     return shapes.vector_within(node.inputs[0])
 
@@ -85,4 +113,5 @@ VECTOR_RULES: dict[str, Callable[[Shapes, ir.Node], Shape | None]] = {
     "Squeeze": _vector_unchanged,
     "Sub": _vector_of_sum,
     "Unsqueeze": _vector_unchanged,
+    "Where": _vector_of_choice,
 }

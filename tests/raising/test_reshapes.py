@@ -138,3 +138,32 @@ def test_outputs_keep_their_names(nodes):
 def test_a_reshape_from_input_to_output_stays():
     case = graph("y = Reshape(x, flat)", constants=NUMBERS)
     refuses(case, reshapes.run, None)
+
+
+def test_torch_script_keeps_minus_one_where_a_size_is_given():
+    """Expand(x, [B, -1, 6]): -1 means the size of x, here 1."""
+    nodes = (
+        "s = Shape<end = 1>(z)  c = Concat<axis = 0>(s, infer, six)  k = Equal(c, minus)"
+        "  w = Where(k, ones, c)  e = Expand(x, w)  f = Flatten<axis = 1>(e)  y = Relu(f)"
+    )
+    case = graph(
+        nodes,
+        inputs="float[1,1,6] x, float[B,7] z",
+        output="float[B,6] y",
+        constants=NUMBERS + ", int64[3] ones = {1, 1, 1}, int64[3] minus = {-1, -1, -1},"
+        " int64[1] six = {6}",
+    )
+    apply(case, reshapes.run)
+    assert _target(case) == [0, 6]
+
+
+def test_a_comparison_that_may_go_either_way_stays():
+    nodes = "s = Shape(x)  k = Equal(s, two)  w = Where(k, minus, s)  y = ConstantOfShape(w)"
+    case = graph(
+        nodes,
+        inputs="float[B,S] x",
+        output="float[M,N] y",
+        constants=NUMBERS + ", int64[1] minus = {1}",
+    )
+    reshapes.run(case)
+    assert ops(case)["Where"] == 1
