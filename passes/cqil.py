@@ -47,6 +47,9 @@ Metric = Literal["kl", "relative_l2"]
 #: write itself by about 5 %.
 DEFAULT_BUDGET: dict[Metric, float] = {"kl": 0.05, "relative_l2": 0.1}
 
+#: Candidates of an automatic partition are screened on this fraction (1/n) of the samples.
+SCREENED = 4
+
 
 class Options(PassOptions):
     """Options of ``cqil``."""
@@ -74,8 +77,10 @@ class Options(PassOptions):
     depth: int | None = Field(
         None, ge=1, description="Stop an automatic partition at this many layers and groups."
     )
-    samples: int = Field(32, ge=1, description="Samples an automatic partition measures on.")
-    trials: int = Field(6, ge=1, description="Partitions measured per layer saved.")
+    samples: int = Field(
+        32, ge=1, description="Samples that decide; a quarter of them screens the candidates."
+    )
+    trials: int = Field(6, ge=1, description="Partitions screened per layer saved.")
     similarity: float = Field(
         0.0,
         ge=-1,
@@ -237,17 +242,18 @@ def _automatic(
     if not candidates:
         return plan
     data = data.limited(options.samples)
-    cosines = _similarity(model, blocks, candidates, data)
+    few = data.limited(-(-options.samples // SCREENED))
+    cosines = _similarity(model, blocks, candidates, few)
     candidates = [g for g in candidates if cosines[g] >= options.similarity]
-    meter = _Meter(model, data, options.variant, options.metric)
-    single = {}
+    quick, meter = (_Meter(model, d, options.variant, options.metric) for d in (few, data))
+    single: dict[Group, float] = {}
     for i, group in enumerate(candidates):
-        single[group] = meter.damage((group,))
+        single[group] = quick.damage((group,))
         logger.info(
             "cqil: group %d of %d, %s alone: %s %.4g",
             i + 1, len(candidates), _site(group), meter.metric, single[group],
         )  # fmt: skip
-    path, limit = _search(meter, single, len(blocks), options)
+    path, limit = _search(quick, meter, single, len(blocks), options)
     chosen = [trial for trial in path if trial.damage <= limit]
     best = chosen[-1] if chosen else Trial(0.0, ())
     if path and not chosen:
@@ -329,13 +335,13 @@ class _Meter:
 
 
 def _search(
-    meter: _Meter, single: dict[Group, float], layers: int, options: Options
+    quick: _Meter, meter: _Meter, single: dict[Group, float], layers: int, options: Options
 ) -> tuple[list[Trial], float]:
     """The best partition of every depth down to the wanted one, and the budget."""
     limit = options.budget
     if limit is None:
         limit = DEFAULT_BUDGET[meter.metric] if options.depth is None else float("inf")
-    search = Search(single, meter.damage, trials=options.trials)
+    search = Search(single, quick.damage, meter.damage, trials=options.trials)
     path: list[Trial] = []
     while options.depth is None or layers - len(path) > options.depth:
         trial = search.level(len(path) + 1)
