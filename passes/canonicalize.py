@@ -92,6 +92,7 @@ STEPS: tuple[Step, ...] = (
     Step("constants", constants.lift),
     Step("merge", cse.run),
     Step("types", value_info.fill),
+    Step("clean", clean),
     Step("opset", opset.run),
     Step("clean", clean),
     Step("runtime forms", ort_cpu.run),

@@ -19,6 +19,7 @@ from onnx.defs import OpSchema
 
 from optimizer.graph import add_initializer
 from optimizer.raising.base import Miss, RuleReport, opset_of, site
+from optimizer.raising.shapes import Shapes
 
 CANONICAL = 23
 _OLDEST = 7
@@ -39,11 +40,12 @@ def run(model: ir.Model) -> RuleReport:
     if version < _OLDEST:
         reason = f"operators of version {version} (before {_OLDEST}) are not raised to {CANONICAL}"
         return RuleReport(0, (Miss(model.graph.name or "graph", reason),))
+    shapes = Shapes()
     nodes = [node for node in model.graph.all_nodes() if node.domain == ""]
     misses = {
         node.op_type: Miss(site(node), f"{problem}; the model keeps opset {version}")
         for node in reversed(nodes)
-        if (problem := _problem(node, version)) is not None
+        if (problem := _problem(node, version, shapes)) is not None
     }
     if misses:
         return RuleReport(0, tuple(misses[op_type] for op_type in sorted(misses)))
@@ -64,7 +66,7 @@ def _schema(op_type: str, version: int) -> OpSchema | None:
         return None
 
 
-def _problem(node: ir.Node, version: int) -> str | None:
+def _problem(node: ir.Node, version: int, shapes: Shapes) -> str | None:
     """Why this node may mean something else in the canonical version."""
     name = node.op_type
     old, new = _schema(name, version), _schema(name, CANONICAL)
@@ -77,7 +79,7 @@ def _problem(node: ir.Node, version: int) -> str | None:
     if old.since_version < _CEIL_FIXED.get(name, 0) and node.attributes.get_int("ceil_mode", 0):
         return f"{name} with ceil_mode means something else since opset {_CEIL_FIXED[name]}"
     if name in _CHECKS:
-        return _CHECKS[name](node, old.since_version)
+        return _CHECKS[name](node, old.since_version, shapes)
     if name in _ADAPTERS or _extends(old, new):
         return None
     return f"{name} changed between opset {version} and {CANONICAL}"
@@ -100,17 +102,19 @@ def _extends(old: OpSchema, new: OpSchema) -> bool:
     )
 
 
-def _softmax_check(node: ir.Node, since: int) -> str | None:
+def _softmax_check(node: ir.Node, since: int, shapes: Shapes) -> str | None:
     if since >= 13:
         return None
-    shape = node.inputs[0].shape if node.inputs[0] is not None else None
-    axis = node.attributes.get_int("axis", 1)
-    if axis == -1 or (shape is not None and axis % len(shape) == len(shape) - 1):
+    axis, shape = node.attributes.get_int("axis", 1), shapes.of(node.inputs[0])
+    declared = None if node.inputs[0] is None else node.inputs[0].shape
+    rank = len(shape) if shape is not None else len(declared) if declared is not None else None
+    if axis == -1 or (rank is not None and axis % rank == rank - 1):
         return None
     return f"{node.op_type} before opset 13 is over all axes from {axis} on"
 
 
-def _batch_norm_check(node: ir.Node, since: int) -> str | None:
+def _batch_norm_check(node: ir.Node, since: int, shapes: Shapes) -> str | None:
+    del shapes
     if len(node.outputs) > 1 and since < 14:
         return "BatchNormalization is in training mode"
     if node.attributes.get_int("spatial", 1) != 1:
@@ -118,7 +122,7 @@ def _batch_norm_check(node: ir.Node, since: int) -> str | None:
     return None
 
 
-_CHECKS: dict[str, Callable[[ir.Node, int], str | None]] = {
+_CHECKS: dict[str, Callable[[ir.Node, int, Shapes], str | None]] = {
     "BatchNormalization": _batch_norm_check,
     "Hardmax": _softmax_check,
     "LogSoftmax": _softmax_check,
