@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from optimizer import verify as verify_module
 from optimizer.calibration import input_specs
-from optimizer.errors import VerificationError
+from optimizer.errors import ModelError, VerificationError
 from optimizer.graph import add_initializer
 from optimizer.legalize import legalize
 from optimizer.partition import segments
@@ -176,6 +177,29 @@ class TestReasons:
         assert "QuickGelu" in result.method
         before = model.clone()
         scale(model, "w", 1.001)
+        with pytest.raises(VerificationError):
+            verify(before, model, Exactness.REASSOCIATED)
+
+    @pytest.mark.parametrize(
+        "fault", [0.5, ModelError("node 'a' failed")], ids=["wrong", "failing"]
+    )
+    def test_a_faulty_reference_neither_hides_damage_nor_refuses_good_passes(
+        self, monkeypatch, fault
+    ):
+        original = verify_module.ReferenceRunner.run
+
+        def run(self, feed):
+            if isinstance(fault, Exception):
+                raise fault
+            return {n: a * fault for n, a in original(self, feed).items()}
+
+        monkeypatch.setattr(verify_module.ReferenceRunner, "run", run)
+        model = models.build()
+        before = model.clone()
+        permute_ffn(model)
+        result = verify(before, model, Exactness.REASSOCIATED)
+        assert "float32 against float32" in result.method
+        scale(model, "lm_head.weight", 1 + 1e-4)
         with pytest.raises(VerificationError):
             verify(before, model, Exactness.REASSOCIATED)
 

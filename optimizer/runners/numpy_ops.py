@@ -1,7 +1,8 @@
 """Operators in numpy, in whatever precision their inputs have.
 
-These replace implementations of ``onnx.reference`` that are slow (Conv, Erf) or round to single
-precision somewhere (Attention's scale, the norms' and quantizers' casts), so that a model whose
+These replace implementations of ``onnx.reference`` that are slow (Conv, Erf), wrong for some
+padding (MaxPool) or rounded to single precision somewhere (Attention's scale, the norms' and
+quantizers' casts), so that a model whose
 tensors are float64 is computed in float64 throughout. Formulas: the ONNX operator specification.
 """
 
@@ -203,14 +204,7 @@ def conv(inputs: Arrays, attributes: Attributes) -> tuple[Array, ...]:
     """Convolution over any number of axes, as a tensor contraction over sliding windows."""
     x, w, b = inputs[0], inputs[1], _input(inputs, 2)
     axes = w.ndim - 2
-    strides = list(attributes.get("strides") or [1] * axes)
-    dilations = list(attributes.get("dilations") or [1] * axes)
-    extent = [(n - 1) * d + 1 for n, d in zip(w.shape[2:], dilations, strict=True)]
-    x = np.pad(x, [(0, 0), (0, 0), *_padding(x, extent, strides, attributes)])
-    spatial = tuple(range(2, 2 + axes))
-    windows = np.lib.stride_tricks.sliding_window_view(x, extent, axis=spatial)
-    index = [slice(None)] * 2 + [slice(None, None, s) for s in strides]
-    windows = windows[tuple(index + [slice(None, None, d) for d in dilations])]
+    windows = _windows(x, w.shape[2:], attributes, 0)
     groups = int(attributes.get("group", 1))
     contracted = [1, *range(2 + axes, 2 + 2 * axes)]
     parts = []
@@ -222,6 +216,38 @@ def conv(inputs: Arrays, attributes: Attributes) -> tuple[Array, ...]:
         parts.append(np.moveaxis(y, -1, 1))
     result = np.concatenate(parts, axis=1)
     return (result if b is None else result + b.reshape(1, -1, *[1] * axes),)
+
+
+def _windows(x: Array, kernel: Sequence[int], attributes: Attributes, fill: Any) -> Array:
+    """[N, C, outputs..., kernel...]: what each output of a convolution or pooling looks at."""
+    axes = len(kernel)
+    strides = list(attributes.get("strides") or [1] * axes)
+    dilations = list(attributes.get("dilations") or [1] * axes)
+    extent = [(n - 1) * d + 1 for n, d in zip(kernel, dilations, strict=True)]
+    pads = _padding(x, extent, strides, attributes)
+    x = np.pad(x, [(0, 0), (0, 0), *pads], constant_values=fill)
+    spatial = tuple(range(2, 2 + axes))
+    windows = np.lib.stride_tricks.sliding_window_view(x, extent, axis=spatial)
+    index = [slice(None)] * 2 + [slice(None, None, s) for s in strides]
+    return windows[tuple(index + [slice(None, None, d) for d in dilations])]
+
+
+def max_pool(inputs: Arrays, attributes: Attributes) -> tuple[Array, ...]:
+    """Largest value of each window; padding does not count."""
+    x, kernel = inputs[0], list(attributes["kernel_shape"])
+    least = -np.inf if x.dtype.kind == "f" else np.iinfo(x.dtype).min
+    windows = _windows(x, kernel, attributes, least)
+    return (windows.max(axis=tuple(range(-len(kernel), 0))),)
+
+
+def average_pool(inputs: Arrays, attributes: Attributes) -> tuple[Array, ...]:
+    """Mean of each window, with or without the padding in it."""
+    x, kernel = inputs[0], list(attributes["kernel_shape"])
+    over = tuple(range(-len(kernel), 0))
+    total = _windows(x, kernel, attributes, 0).sum(axis=over)
+    if attributes.get("count_include_pad", 0):
+        return (total / math.prod(kernel),)
+    return ((total / _windows(np.ones_like(x), kernel, attributes, 0).sum(axis=over)),)
 
 
 def _padding(
@@ -251,6 +277,7 @@ def gather_elements(inputs: Arrays, attributes: Attributes) -> tuple[Array, ...]
 #: Operators of the default domain; all opset versions in which they exist mean the same.
 OPERATORS: dict[str, Operator] = {
     "Attention": attention,
+    "AveragePool": average_pool,
     "Conv": conv,
     "DequantizeLinear": dequantize_linear,
     "Erf": erf_op,
@@ -258,6 +285,7 @@ OPERATORS: dict[str, Operator] = {
     "Gelu": gelu,
     "LayerNormalization": layer_normalization,
     "MatMul": matmul,
+    "MaxPool": max_pool,
     "QuantizeLinear": quantize_linear,
     "RMSNormalization": rms_normalization,
     "RotaryEmbedding": rotary_embedding,
@@ -276,6 +304,9 @@ def find_operator(
         or inputs > 6
         or attributes.get("left_window_size", -1) >= 0
         or attributes.get("right_window_size", -1) >= 0,
+        # Where the last window may be cut off; indices as a second output.
+        "AveragePool": bool(attributes.get("ceil_mode")),
+        "MaxPool": bool(attributes.get("ceil_mode")) or outputs > 1,
         # 4-bit and 8-bit float targets.
         "QuantizeLinear": bool(attributes.get("output_dtype"))
         or bool(attributes.get("block_size")),

@@ -206,6 +206,26 @@ def test_conv(options):
     assert_like_ort("Conv", inputs, **options)
 
 
+@pytest.mark.parametrize("op", ["MaxPool", "AveragePool"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pads": [0, 0, 1, 1]},
+        {"strides": [2, 3], "pads": [1, 0, 0, 1]},
+        {"dilations": [2, 1]},
+        {"auto_pad": "SAME_UPPER", "strides": [2, 2]},
+        {"count_include_pad": 1, "pads": [1, 1, 1, 0]},
+    ],
+    ids=str,
+)
+def test_pooling(op, options):
+    if op == "MaxPool" and "count_include_pad" in options:
+        options = {"pads": options["pads"]}
+    x = draw(np.random.default_rng(0), 2, 3, 7, 8) - 5  # Padding must not win the maximum.
+    # Dilated averages came with opset 19.
+    assert_like_ort(op, {"x": x}, kernel_shape=[2, 2], opset=19, **options)
+
+
 @pytest.mark.parametrize("axis", [None, 0, 1])
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8])
 def test_quantize_and_dequantize(axis, dtype):
@@ -339,6 +359,8 @@ def test_a_failing_node_is_named():
         ("Attention", {}, 4, 4),
         ("Attention", {"left_window_size": 3}, 4, 1),
         ("QuantizeLinear", {"block_size": 16}, 3, 1),
+        ("MaxPool", {"ceil_mode": 1}, 1, 1),
+        ("MaxPool", {}, 1, 2),
         ("Relu", {}, 1, 1),
     ],
 )
