@@ -1,7 +1,7 @@
 """Error of int8 models against fp32: this project's schemes and ONNX Runtime's own tools.
 
     python benchmarks/outliertune_accuracy.py [--models stories12l,stories260K,minilm]
-        [--tokens FILE.npz] [--stories260K hf:DIR] [--minilm hf:DIR] [--banking77 FILE.csv]
+        [--tokens FILE.npz] [--stories260K DIR] [--minilm DIR] [--banking77 FILE.csv]
 
 Models:
     stories12l   ships with the project. Text: rows that the model wrote itself, or ``--tokens`` with
@@ -228,12 +228,11 @@ def cases(arguments: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Ca
         if name == "stories12l":
             yield name, language_model(SHIPPED / "stories12l.onnx", text, arguments.rows)
         elif name == "stories260K" and arguments.stories260K is not None:
-            source = export_hugging_face(arguments.stories260K, folder / name)
+            source = export_hugging_face(str(arguments.stories260K), folder / name)
             yield name, language_model(source, text, arguments.rows)
         elif name == "minilm" and arguments.minilm is not None and arguments.banking77 is not None:
-            source = export_hugging_face(arguments.minilm, folder / name)
-            home = Path(arguments.minilm.removeprefix("hf:"))
-            yield name, encoder(source, home, arguments.banking77, arguments.tests)
+            source = export_hugging_face(str(arguments.minilm), folder / name)
+            yield name, encoder(source, arguments.minilm, arguments.banking77, arguments.tests)
         else:
             print(f"{name}: left out, its files were not given")
 
@@ -244,8 +243,8 @@ def main() -> None:
     parser.add_argument("--models", default="stories12l,stories260K,minilm")
     parser.add_argument("--tokens", type=Path, help="token ids; default: what stories12l wrote")
     parser.add_argument("--rows", type=int, default=60, help="rows of token ids to measure on")
-    parser.add_argument("--stories260K", help="hf:DIR")
-    parser.add_argument("--minilm", help="hf:DIR")
+    parser.add_argument("--stories260K", type=Path, help="Hugging Face folder")
+    parser.add_argument("--minilm", type=Path, help="Hugging Face folder")
     parser.add_argument("--banking77", type=Path, help="CSV with columns text and category")
     parser.add_argument("--tests", type=int, default=600, help="sentences to measure on")
     parser.add_argument("--only", default="", help="schemes with this in their name")
