@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, Protocol
+from typing import ClassVar, Protocol
 
 import onnx
 import onnx_ir as ir
@@ -28,9 +28,9 @@ Operator = tuple[str, str]
 class PassLike(Protocol):
     """What is checked of a pass (see ``pass_base.GraphPass``)."""
 
-    name: Any
-    emits: Any
-    breaks: Any
+    name: ClassVar[str]
+    emits: ClassVar[tuple[Operator, ...]]
+    breaks: ClassVar[frozenset[str]]
 
 
 class ReportLike(Protocol):
@@ -64,7 +64,7 @@ def check_pass(before: ir.Model, after: ir.Model, graph_pass: PassLike, report: 
         return
     if not report.modified:
         raise PassContractError(f"{where} reports modified=False, but {change}.")
-    breaks: Collection[str] = graph_pass.breaks
+    breaks = graph_pass.breaks
     if "inputs" not in breaks:
         _check_interface(before.graph.inputs, after.graph.inputs, "input", where)
     if "outputs" not in breaks:
