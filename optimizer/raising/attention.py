@@ -205,6 +205,8 @@ def _rewrite(state: _State, found: _Site) -> None:
     }
     scale = node.attributes.get_float("scale", float(found.query.size) ** -0.5)
     attributes["scale"] = ir.AttrFloat32("scale", scale * factor)
+    attributes.setdefault("softcap", ir.AttrFloat32("softcap", 0.0))
+    attributes.setdefault("is_causal", ir.AttrInt64("is_causal", 0))
     old = node.outputs[0]
     count = 4 if scores is not None else 1 if found.cache is None else 3
     made = graphs.insert(
