@@ -49,6 +49,9 @@ _DEFAULT_BATCH = 8
 #: Outputs of a reference model that are kept in memory; beyond, they are computed again.
 REFERENCE_BYTES = 1 << 28
 
+#: Operators whose output holds the token ids of their first input.
+_SAME_IDS = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten"})
+
 
 def input_specs(model: ir.Model) -> tuple[InputSpec, ...]:
     """What the inputs of ``model`` accept; the vocabulary is the length of the table looked up."""
@@ -68,7 +71,7 @@ def input_specs(model: ir.Model) -> tuple[InputSpec, ...]:
 def _vocabulary(ids: ir.Value) -> int | None:
     """Rows of the constant table that ``ids`` indexes directly, or None."""
     for node, index in ids.uses():
-        if node.op_type in {"Cast", "Identity"} and node.domain == "":
+        if node.op_type in _SAME_IDS and index == 0 and node.domain == "":
             rows = _vocabulary(node.outputs[0])
         elif node.op_type == "Gather" and index == 1 and node.attributes.get_int("axis", 0) == 0:
             rows = _table_rows(node.inputs[0])
