@@ -171,7 +171,8 @@ def _sequential(before: Norm, add: ir.Node) -> _Tail | str:
             output = second.outputs[0]
             return _Tail(Style.PRE_NORM, hidden, output, before, after, mlp, add, second, extras)
         elif after.input is stream:
-            return _parallel(before, after, mlp, add, second, extras)
+            output = second.outputs[0]
+            return _Tail(Style.PARALLEL, None, output, before, after, mlp, add, second, extras)
         else:
             reason = "the MLP's norm reads neither the block's input nor the attention's sum"
     return reason
@@ -180,33 +181,27 @@ def _sequential(before: Norm, add: ir.Node) -> _Tail | str:
 def _joined(before: Norm, add: ir.Node, rest: ir.Value) -> _Tail | str:
     """Parallel blocks in the other associations: ``(a + m) + x`` and ``a + (x + m)``."""
     stream = before.input
-    candidates: Iterator[tuple[ir.Value, ir.Node]] = (
-        (rest, second)
-        for second in users(add.outputs[0], "Add")
-        if other(second, add.outputs[0]) is stream
+    # Where the MLP's branch ends, the add it reaches first, and the add that closes the block.
+    candidates: Iterator[tuple[ir.Value, ir.Node, ir.Node]] = (
+        (rest, add, last)
+        for last in users(add.outputs[0], "Add")
+        if other(last, add.outputs[0]) is stream
     )
     inner = node_of(rest, "Add")
     if inner is not None and stream in operands(inner):
-        candidates = iter([(other(inner, stream), inner)])
+        candidates = iter([(other(inner, stream), inner, add)])
     reason = "the attention's result is added to something that is not the residual stream"
-    for end, second in candidates:
+    for end, mlp_add, last in candidates:
         found = _mlp_branch(end)
         if isinstance(found, str):
             reason = found
             continue
         mlp, after, extras = found
         if after is not None and after.input is stream:
-            return _parallel(before, after, mlp, add, second, extras)
+            output = last.outputs[0]
+            return _Tail(Style.PARALLEL, None, output, before, after, mlp, add, mlp_add, extras)
         reason = "the MLP added to the attention reads another value than the stream"
     return reason
-
-
-def _parallel(
-    before: Norm, after: Norm, mlp: Mlp, add: ir.Node, second: ir.Node, extras: tuple[str, ...]
-) -> _Tail:
-    """The output is the later of the two adds: the one that reads the other's result."""
-    last = add if second.outputs[0] in add.inputs else second
-    return _Tail(Style.PARALLEL, None, last.outputs[0], before, after, mlp, add, second, extras)
 
 
 def _post_norm(add: ir.Node, source: ir.Value) -> _Tail | str:

@@ -140,7 +140,8 @@ class Block:
         output: The stream leaving the block.
         attention_norm, mlp_norm: The norms n1 and n2 of ``Style``; equal for one-norm parallel
             blocks.
-        attention_add, mlp_add: The residual adds (for parallel blocks the two adds in any order).
+        attention_add, mlp_add: The add that the attention's and the MLP's result reaches first; one
+            and the same for a parallel block x + (attn + mlp).
         extras: Anything not plain, as reasons a pass can print: "norm after attention",
             "layer scale", "mixture of experts", "residual scale", ...
     """
