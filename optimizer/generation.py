@@ -44,7 +44,7 @@ def self_samples(
     Args:
         model: Maps ``input_ids`` to ``logits``.
         samples: Number of texts.
-        length: Tokens per text.
+        length: Tokens per text; at most the positions the model has learned embeddings for.
         start: Id of the first token; None = the model's metadata, else random.
         threads: As for ``OrtRunner``.
         custom_ops: As for ``OrtRunner``.
@@ -67,6 +67,8 @@ def self_samples(
         )
     if start is None and (known := model.metadata_props.get(START_KEY)) is not None:
         start = int(known)
+    learned = next((s.vocab for s in specs if s.name == "position_ids"), None)
+    length = min(length, learned or length)
     runner = OrtRunner(model, threads=threads, custom_ops=custom_ops)
     rng = np.random.default_rng(_SEED)
     rows = [
