@@ -21,7 +21,7 @@ from optimizer.export.onnx_file import write_result, write_text
 from optimizer.feeds import Sizes
 from optimizer.generation import self_samples
 from optimizer.listener import Listener, Silent
-from optimizer.model_io import external_files, hash_file, load_model
+from optimizer.model_io import BackgroundHashes, external_files, load_model
 from optimizer.model_writer import ExternalData, check_output
 from optimizer.pipeline import Data, Run, require_data
 from optimizer.recipe import Recipe, to_toml
@@ -104,8 +104,9 @@ class Job:
         self._check_early()
         with contextlib.ExitStack() as stack:
             source, path = self._open(stack)
-            protected = () if path is None else (path, *external_files(source))
+            protected = () if path is None else (path.resolve(), *external_files(source))
             output = self._output(path)
+            hashes = BackgroundHashes(protected if output is not None else ())
             if output is not None:
                 check_output(output, force=self.request.force, protected=protected)
             data = self._load_data(source)
@@ -127,7 +128,7 @@ class Job:
             self._measure_speed(path if path is not None else self._exported, run.model, report)
             if output is None:
                 return Result(run.model, report, {}, self.recipe, None)
-            return self._write(run.model, report, output, protected)
+            return self._write(run.model, report, output, hashes)
 
     @property
     def title(self) -> str:
@@ -310,10 +311,11 @@ class Job:
         return "always" if chosen == "auto" and outside else chosen
 
     def _write(
-        self, model: ir.Model, report: RunReport, output: Path, protected: Sequence[Path]
+        self, model: ir.Model, report: RunReport, output: Path, hashes: BackgroundHashes
     ) -> Result:
         self.listener.stage(f"writing {output}")
-        sources = [(item.name, hash_file(item)) for item in dict.fromkeys(protected)]
+        sources = hashes.items()
+        protected = [path for path, _ in sources]
         settings = self.recipe.settings
         digests = {
             key: value
@@ -334,7 +336,7 @@ class Job:
             lambda outputs: make_manifest(
                 report,
                 self.recipe,
-                inputs=sources,
+                inputs=[(path.name, digest) for path, digest in sources],
                 outputs=outputs,
                 data=digests,
                 kv_cache=cache or None,

@@ -196,14 +196,7 @@ def check_numbers(model: ir.Model) -> None:
         tensor = value.const_value
         if tensor is None or not tensor.dtype.is_floating_point() or tensor.dtype.bitwidth < 16:
             continue
-        flat = np.ravel(tensor.numpy())
-        nan = infinite = 0
-        for start in range(0, flat.size, _CHUNK):
-            chunk = flat[start : start + _CHUNK]
-            if not np.isfinite(chunk).all():
-                nan += int(np.isnan(chunk).sum())
-                infinite += int(np.isinf(chunk).sum())
-        del flat
+        nan, infinite = _count_non_finite(tensor.numpy())
         if isinstance(tensor, ir.ExternalTensor):
             _close(tensor)
         is_weight = any(use.node.op_type in _WEIGHT_USERS for use in value.uses())
@@ -214,6 +207,18 @@ def check_numbers(model: ir.Model) -> None:
                 "numbers; expected finite weights: export the model again from a sound checkpoint"
             )
             raise ModelError(msg)
+
+
+def _count_non_finite(array: np.ndarray) -> tuple[int, int]:
+    """How many numbers are NaN, and how many infinite."""
+    flat = np.ravel(array)
+    nan = infinite = 0
+    for start in range(0, flat.size, _CHUNK):
+        chunk = flat[start : start + _CHUNK]
+        if not np.isfinite(chunk).all():
+            nan += int(np.isnan(chunk).sum())
+            infinite += int(np.isinf(chunk).sum())
+    return nan, infinite
 
 
 def _close(tensor: ir.ExternalTensor) -> None:

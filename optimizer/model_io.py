@@ -6,8 +6,10 @@ Weights stay memory-mapped, those inside the ``.onnx`` file too. Everything wron
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import mmap
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,7 +21,14 @@ from optimizer import model_input, onnx_wire
 from optimizer.errors import ModelError, OptimizerError, OptionError
 from optimizer.model_writer import save_model, size_text
 
-__all__ = ["external_files", "hash_file", "load_model", "save_model", "size_text"]
+__all__ = [
+    "BackgroundHashes",
+    "external_files",
+    "hash_file",
+    "load_model",
+    "save_model",
+    "size_text",
+]
 
 _LFS_HEAD = b"version https://git-lfs.github.com/spec/"
 
@@ -28,6 +37,31 @@ def hash_file(path: Path) -> str:
     """SHA-256 of a file, as hex digits."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class BackgroundHashes:
+    """SHA-256 of files, computed by a thread while the caller does something else."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._digests: dict[Path, str] = {}
+        self._paths = tuple(dict.fromkeys(paths))
+        # A daemon, so that an interrupted program does not wait for it.
+        self._thread = threading.Thread(target=self._compute, daemon=True)
+        self._thread.start()
+
+    def _compute(self) -> None:
+        for path in self._paths:
+            with contextlib.suppress(OSError):  # reported by ``items``, which tries again
+                self._digests[path] = hash_file(path)
+
+    def items(self) -> list[tuple[Path, str]]:
+        """(file, digest) of each file, in order; waits for the thread.
+
+        Raises:
+            OSError: A file cannot be read any more.
+        """
+        self._thread.join()
+        return [(path, self._digests.get(path) or hash_file(path)) for path in self._paths]
 
 
 def load_model(

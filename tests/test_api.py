@@ -53,7 +53,7 @@ def test_the_manifest_beside_the_output_is_that_of_the_result(small: Path) -> No
     manifest = json.loads(result.files[-1].read_text())
     assert manifest == json.loads(json.dumps(result.manifest))
     assert manifest["outputs"][0]["sha256"] == hash_file(result.path)
-    assert manifest["inputs"][0] == {"file": "small.onnx", "sha256": hash_file(small)}
+    assert manifest["inputs"] == [{"file": "small.onnx", "sha256": hash_file(small)}]
     assert manifest["data_sha256"]["calibration"]
 
 

@@ -22,7 +22,7 @@ from optimizer.errors import (
     OptionError,
     UnsupportedError,
 )
-from optimizer.model_io import external_files, hash_file, load_model, save_model
+from optimizer.model_io import BackgroundHashes, external_files, hash_file, load_model, save_model
 
 
 def weights(model: ir.Model) -> dict[str, np.ndarray]:
@@ -422,6 +422,18 @@ def test_a_lazy_weight_that_breaks_its_promise_is_no_output(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="wrote 12 bytes"):
         save_model(model, tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_checking_the_numbers_keeps_no_weight_in_memory(saved: Path) -> None:
+    for value in load_model(saved).graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            assert value.const_value.raw is None, value.name
+
+
+def test_hashes_in_the_background_are_those_of_the_files(saved: Path) -> None:
+    assert BackgroundHashes([saved, saved]).items() == [(saved, hash_file(saved))]
+    with pytest.raises(OSError, match="none"):
+        BackgroundHashes([saved.with_name("none")]).items()
 
 
 def test_hashes_are_sha256(tmp_path: Path) -> None:

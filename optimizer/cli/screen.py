@@ -6,6 +6,7 @@ import collections
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -67,7 +68,8 @@ def print_result(result: Result, *, explain: bool, dry_run: bool) -> None:
         size = sum(item.stat().st_size for item in result.files[:-1])
         rest = "".join(f", {item.name}" for item in result.files[1:])
         out.print(Text(f"wrote {result.path}{rest} ({size_text(size)})"))
-        out.print(Text(f"next: optimize bench {report.source} {result.path}"))
+        against = f"{report.source} " if Path(report.source).is_file() else ""
+        out.print(Text(f"next: optimize bench {against}{result.path}"))
 
 
 def _table(report: RunReport) -> Table:
