@@ -26,11 +26,14 @@ class Pen:
     Attributes:
         shared: What later nodes of the graph can read too: masks as numbers, rotary tables,
             rotated queries and keys by heads.
+        floor: How far below a row's largest score the others may lie in attention, None = any.
+            ``exp`` of cut-off scores would be a denormal number, which processors are slow at.
     """
 
     graph: ir.Graph
     node: ir.Node
     shared: dict[ir.Value, ir.Value]
+    floor: float | None = None
 
     def put(
         self,
@@ -196,6 +199,9 @@ def attention(pen: Pen) -> None:
     if heads != kv_heads:
         key, value = (_repeat(pen, v, i, heads, kv_heads) for v, i in ((key, 1), (value, 2)))
     scores = _scores(pen, query, key, heads)
+    if pen.floor is not None:
+        top = pen.put("ReduceMax", (scores, pen.integers(-1)))
+        scores = pen.put("Max", (scores, pen.put("Sub", (top, pen.number(pen.floor)))))
     total = pen.put("MatMul", (pen.put("Softmax", (scores,), {"axis": -1}), value))
     y = pen.put("Transpose", (total,), {"perm": [0, 2, 1, 3]})
     size = _size(node, 2, kv_heads)

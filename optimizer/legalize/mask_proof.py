@@ -108,6 +108,13 @@ def prove(model: ir.Model, mask: ir.Value | None, roles: Roles, *, causal: bool)
     return Window(size)
 
 
+def cuts_tokens(model: ir.Model, mask: ir.Value, roles: Roles) -> bool:
+    """Whether ``mask`` hides valid tokens from each other, as a causal one does."""
+    cut = _Subgraph.cut(model, mask, roles)
+    attended = cut if isinstance(cut, str) else cut.evaluate(_case(1, 4, 0))
+    return not isinstance(attended, str) and not attended.all()
+
+
 def _window(attended: np.ndarray) -> int:
     """Size of the window if one token does not see all keys, else 0."""
     seen, total = int(attended[0, 0].sum()), attended.shape[-1]

@@ -1,8 +1,9 @@
 """The spelling that ONNX Runtime's CPU kernels run fastest.
 
 Int8 products are in ``int8``, the KV cache in ``kv_in_place``; here is what remains of the float
-graph. Attention, RMSNormalization, RotaryEmbedding and Gelu stay the standard operators in their
-3-D forms: measured, nothing in ``com.microsoft`` is faster.
+graph. RMSNormalization, RotaryEmbedding, Gelu and Attention stay the standard operators in their
+3-D forms: measured, nothing in ``com.microsoft`` is faster. Causal attention is the exception, see
+``spell_causal_attention``.
 """
 
 from __future__ import annotations
@@ -13,12 +14,17 @@ import numpy as np
 import onnx_ir as ir
 
 from optimizer import graph as graphs
-from optimizer.legalize import int8
+from optimizer.legalize import decompose, int8
+from optimizer.legalize.mask_proof import cuts_tokens, find_roles
 from optimizer.pass_base import Skip
 from optimizer.raising.dims import Shape
 from optimizer.raising.shapes import Shapes
 
 _MASK = 3
+#: Scores further below the largest of their row than this are raised to it. exp(-60) = 9e-27: all
+#: cut-off keys together stay below the rounding of float32 (6e-8) up to 1e18 of them, and the
+#: probability stays a normal number (1.2e-38).
+_FLOOR = 60.0
 
 
 @dataclass(frozen=True)
@@ -31,11 +37,80 @@ class Lowered:
 
 def lower(model: ir.Model) -> Lowered:
     """Rewrite ``model`` in place."""
-    masks = widen_masks(model)  # first: it asks for shapes, which standard operators answer
-    products, skipped = int8.lower(model)
-    residuals = spell_residuals(model)
-    counts = {"attention mask": masks, "int8 product": products, "residual add": residuals}
+    # These ask for shapes, which the standard operators of the canonical graph answer.
+    counts = {
+        "causal attention": spell_causal_attention(model),
+        "attention mask": widen_masks(model),
+        "row scale": spell_row_scales(model),
+    }
+    counts["int8 product"], skipped = int8.lower(model)
+    counts["residual add"] = spell_residuals(model)
     return Lowered(counts, skipped)
+
+
+def spell_causal_attention(model: ir.Model) -> int:
+    """Write causal attention of whole sequences as MatMul and Softmax, with a floor under scores.
+
+    Where keys are cut off, exp yields denormal numbers inside of Softmax, which x86 processors
+    handle many times more slowly: half of all scores in a causal mask. Raised to a floor below
+    which they cannot matter, they are ordinary numbers, and Softmax runs at full speed.
+    """
+    sites = [node for node in model.graph if node.op_type == "Attention" and node.domain == ""]
+    roles = find_roles(model, ())
+    causal: dict[ir.Value, bool] = {}
+    shared: dict[ir.Value, ir.Value] = {}
+    count = 0
+    for node in sites:
+        mask = node.inputs[_MASK] if len(node.inputs) > _MASK else None
+        cut = node.attributes.get_int("is_causal", 0) == 1
+        if mask is not None and not isinstance(roles, str) and not cut:
+            if mask not in causal:
+                causal[mask] = cuts_tokens(model, mask, roles)
+            cut = causal[mask]
+        if cut and _spells_well(node):
+            decompose.attention(decompose.Pen(model.graph, node, shared, floor=_FLOOR))
+            count += 1
+    return count
+
+
+def _spells_well(node: ir.Node) -> bool:
+    """Whether this is attention within one sequence, in float32, that only returns its result."""
+    if len(node.outputs) != 1 or len(node.inputs) > _MASK + 1:
+        return False
+    if node.attributes.get_int("q_num_heads", 0) == 0:
+        return False
+    query, key = node.inputs[0], node.inputs[1]
+    if query is None or query.dtype not in (None, ir.DataType.FLOAT):
+        return False
+    shapes = Shapes()
+    return all(isinstance((shapes.of(v) or ((),))[-1], int) for v in (query, key, node.inputs[2]))
+
+
+def spell_row_scales(model: ir.Model) -> int:
+    """Write the division by one number per row in front of a quantizer as a multiplication.
+
+    A vector unit multiplies several times as fast as it divides.
+    """
+    shapes = Shapes()
+    count = 0
+    for node in list(model.graph):
+        if node.op_type != "Div" or node.domain != "":
+            continue
+        user = graphs.only_user(node.outputs[0])
+        x, scale = node.inputs
+        if user is None or user.op_type != "QuantizeLinear" or x is None or scale is None:
+            continue
+        wide, narrow = shapes.of(x), shapes.of(scale)
+        if wide is None or narrow is None or narrow[-1:] != (1,) or wide[-1:] == (1,):
+            continue
+        inverse = graphs.insert(
+            model.graph, node, "Reciprocal", (scale,), name=f"{scale.name}_inverse",
+            dtype=scale.dtype, shape=scale.shape,
+        )  # fmt: skip
+        node.op_type = "Mul"
+        node.replace_input_with(1, inverse)
+        count += 1
+    return count
 
 
 def spell_residuals(model: ir.Model) -> int:

@@ -2,11 +2,14 @@
 
 Rewrite: ``MatMulIntegerToFloat(QuantizeLinear(x, s, 128), W, s, w, 128[, 0], b)``
          -> ``MatMul(DQ(Q(x, s, 0)), DQ(W, w)) + b`` with int8 codes;
-         ``Sum(a, b)`` -> ``Add(a, b)``.
+         ``Sum(a, b)`` -> ``Add(a, b)``;
+         ``Softmax(Max(x, ReduceMax(x) - d))`` -> ``Softmax(x)`` for d of 60 or more;
+         ``QuantizeLinear(x * Reciprocal(m))`` -> ``QuantizeLinear(x / m)``.
 Applies when: weights are constant int8 with zero point 0, the activation's codes are uint8 and the
          product takes 128 for zero. A quantizer whose own zero point is another code z carries a
          shift: then ``x`` becomes ``x + (z - 128) s``.
-Exactness: bitwise, apart from the order of float scaling.
+Exactness: bitwise, apart from the order of float scaling; exp(-60) = 9e-27 of the largest
+         probability of a row is far below the rounding of its sum.
 Source:  uint8 code q with offset 128 and int8 code q - 128 stand for the same number, and saturate
          at the same two numbers.
 """
@@ -17,10 +20,12 @@ import numpy as np
 import onnx_ir as ir
 
 from optimizer import graph as graphs
-from optimizer.raising.base import Miss, RuleReport, site
+from optimizer.raising.base import Miss, RuleReport, produced_by, site
 
 _CONTRIB = "com.microsoft"
 _OFFSET = 128
+#: A score this far below the largest of its row has no part in the result.
+_LOW = 60.0
 
 
 def run(model: ir.Model) -> RuleReport:
@@ -32,6 +37,8 @@ def run(model: ir.Model) -> RuleReport:
         elif node.domain == "" and node.op_type == "Sum" and len(node.inputs) == 2:
             node.op_type = "Add"
             raiser.applied += 1
+        elif node.domain == "" and node.op_type in ("Softmax", "QuantizeLinear"):
+            raiser.applied += _raise_floor(node) + _raise_quotient(node)
         elif node.domain == _CONTRIB and node.op_type == "GroupQueryAttention":
             reason = "its KV cache is filled in place; raise from the model with an appended cache"
             raiser.skipped.append(Miss(site(node), reason))
@@ -125,3 +132,34 @@ def _fault(node: ir.Node) -> str | None:
     if own_zero is None or own_zero.dtype != ir.DataType.UINT8 or graphs.scalar(own_zero) is None:
         return "the zero point of its activation is not one constant uint8"
     return None
+
+
+def _raise_floor(softmax: ir.Node) -> bool:
+    """Drop a floor under the scores that is too low to matter."""
+    floor = produced_by(softmax.inputs[0], "Max")
+    if softmax.op_type != "Softmax" or floor is None or len(floor.inputs) != 2:
+        return False
+    scores, least = floor.inputs
+    below = produced_by(least, "Sub")
+    top = None if below is None else produced_by(below.inputs[0], "ReduceMax")
+    if below is None or top is None or top.inputs[0] is not scores or scores is None:
+        return False
+    if (graphs.scalar(below.inputs[1]) or 0) < _LOW or len(top.inputs) < 2:
+        return False
+    if graphs.scalar(top.inputs[1]) != -1 or softmax.attributes.get_int("axis", -1) != -1:
+        return False
+    softmax.replace_input_with(0, scores)
+    return True
+
+
+def _raise_quotient(quantize: ir.Node) -> bool:
+    """A product with an inverse is a quotient."""
+    product = produced_by(quantize.inputs[0], "Mul")
+    if quantize.op_type != "QuantizeLinear" or product is None:
+        return False
+    inverse = produced_by(product.inputs[1], "Reciprocal")
+    if inverse is None:
+        return False
+    product.op_type = "Div"
+    product.replace_input_with(1, inverse.inputs[0])
+    return True

@@ -162,6 +162,6 @@ def test_an_opset_the_target_does_not_take_is_refused():
 
 
 def test_the_default_opset_is_kept():
-    model = models.build()
+    model = models.build(kv_cache=True)
     assert not legalize(model, "ort-cpu").modified
     assert model.graph.opset_imports[""] == 23

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import models
+import numpy as np
+import onnx_ir as ir
+import pytest
+import quantized
+
+from optimizer import graph as graphs
+from optimizer.legalize import legalize
+from optimizer.pass_base import Context
+from optimizer.runners.ort import OrtRunner
+from passes.canonicalize import Canonicalize
+
+
+def _count(model: ir.Model, kind: str) -> int:
+    return [node.op_type for node in model.graph].count(kind)
+
+
+def _sharpen(model: ir.Model, factor: float) -> None:
+    """Multiply all scores, so that attention becomes a choice."""
+    for node in model.graph:
+        if node.op_type == "Attention":
+            scale = node.attributes.get_float("scale") * factor
+            node.attributes["scale"] = ir.AttrFloat32("scale", scale)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("factor", [1.0, 100.0])
+@pytest.mark.parametrize("padded", [False, True])
+def test_causal_attention_with_a_floor_is_attention(kv_heads, factor, padded):
+    config = models.Config(kv_heads=kv_heads)
+    model = models.build(config)
+    _sharpen(model, factor)
+    feed = models.feed(config, sequence=16, padded=padded)
+    before = OrtRunner(model).run(feed)["logits"]
+    report = legalize(model, "ort-cpu")
+    assert report.details["rewrites"]["causal attention"] == config.layers
+    assert _count(model, "Attention") == 0
+    after = OrtRunner(model).run(feed)["logits"]
+    np.testing.assert_allclose(after, before, atol=2e-6 * np.abs(before).max())
+
+
+def test_no_probability_of_the_floor_is_a_denormal_number():
+    model = models.build(models.Config())
+    _sharpen(model, 1000.0)
+    legalize(model, "ort-cpu")
+    softmax = [n.outputs[0] for n in model.graph if n.op_type == "Softmax"]
+    for value in softmax:
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+    runner = OrtRunner(model, extra_outputs=softmax)
+    result = runner.run(models.feed(models.Config(), sequence=32))
+    for value in softmax:
+        smallest = result[value.name].min()
+        assert np.finfo(np.float32).tiny < smallest < 1e-20
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"kv_cache": True}, {"mask": False}, {"style": "post-norm", "norm": "layer"}],
+    ids=["cache", "no mask", "post-norm"],
+)
+def test_attention_that_sees_every_token_or_has_a_cache_stays_one_operator(options):
+    model = models.build(**options)
+    if "style" in options:  # an encoder: every token sees all tokens that are not padding
+        causal = next(n for n in model.graph if n.op_type == "And")
+        causal.outputs[0].replace_all_uses_with(causal.inputs[1])
+        graphs.remove_dead(model)
+    legalize(model, "ort-cpu")
+    assert _count(model, "Attention") == 2
+    assert _count(model, "Softmax") == 0
+
+
+def test_canonicalize_finds_the_attention_again():
+    model = models.build()
+    legalize(model, "ort-cpu")
+    Canonicalize().call(model, Context())
+    assert _count(model, "Attention") == 2
+    assert _count(model, "Max") == 0
+
+
+def test_a_padding_mask_gets_its_query_rows_once_for_all_layers():
+    config = models.Config()
+    model = models.build(config)
+    causal = next(n for n in model.graph if n.op_type == "And")
+    causal.outputs[0].replace_all_uses_with(causal.inputs[1])
+    graphs.remove_dead(model)
+    report = legalize(model, "ort-cpu")
+    assert report.details["rewrites"] == {"attention mask": 1}
+    feed = models.feed(config, padded=True)
+    padded = OrtRunner(model).run(feed)["logits"]
+    feed["input_ids"][0, -2:] = 1
+    assert np.array_equal(OrtRunner(model).run(feed)["logits"][0, :-2], padded[0, :-2])
+
+
+def test_rows_are_scaled_by_multiplication_and_raised_to_division():
+    model = models.build(kv_cache=True)
+    quantized.quantize(model, per_token=("down", "o."))
+    report = legalize(model, "ort-cpu")
+    assert report.details["rewrites"]["row scale"] == 4
+    assert _count(model, "Div") == 0
+    Canonicalize().call(model, Context())
+    assert _count(model, "Div") == 4
+    assert _count(model, "Reciprocal") == 0
