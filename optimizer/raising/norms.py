@@ -332,9 +332,7 @@ class _Builder:
                 return value
         return None
 
-    def _parameter(
-        self, graph: ir.Graph, value: ir.Value | None, dtype: ir.DataType
-    ) -> ir.Value:
+    def _parameter(self, graph: ir.Graph, value: ir.Value | None, dtype: ir.DataType) -> ir.Value:
         """Scale or bias as [size]; ones where there is none."""
         if value is None:
             name = f"{self.root.outputs[0].name}/scale"
