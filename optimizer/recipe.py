@@ -26,7 +26,7 @@ from passes import get_pass
 
 VERSION = 1
 #: The exact pass that the pipeline runs first whether it is named or not.
-FIRST_PASS = "canonicalize"  # noqa: S105 - not that kind of pass
+FIRST_PASS = "canonicalize"
 
 Verify: TypeAlias = Literal["off", "final", "each"]
 KvCache: TypeAlias = Literal["append", "in-place"]

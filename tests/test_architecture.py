@@ -25,7 +25,8 @@ LAYERS = [
     row.split()
     for row in (
         "errors",
-        "machine metrics inputs sample_sources samples feeds probes deviation targets memory listener onnx_wire",
+        "machine metrics inputs sample_sources samples feeds probes deviation targets memory "
+        "listener onnx_wire",
         "graph nodes proto partition fingerprint structure block_parts blocks raising fusion "
         "checks model_input model_writer model_io frontends runners",
         "observers calibration pass_base quantization generation legalize",
