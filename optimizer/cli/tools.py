@@ -73,8 +73,8 @@ def passes_command(name: str | None, as_json: bool) -> int:  # noqa: FBT001
 
 
 def _describe(pass_class: Any) -> dict[str, Any]:
-    module = sys.modules[pass_class.__module__]
-    text = python_inspect.getdoc(module) or python_inspect.getdoc(pass_class) or ""
+    module = sys.modules.get(pass_class.__module__)  # none for a pass from a file
+    text = python_inspect.getdoc(module or pass_class) or python_inspect.getdoc(pass_class) or ""
     options = {}
     for key, info in pass_class.Options.model_fields.items():
         options[key] = {"default": info.default, "description": info.description or ""}
