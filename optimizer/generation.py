@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optimizer.calibration import input_specs
-from optimizer.errors import CalibrationError
+from optimizer.errors import CalibrationError, OptimizerError
 from optimizer.metrics import log_softmax
 from optimizer.runners.ort import OrtRunner
 from optimizer.samples import InputSpec, fill_missing, is_past
@@ -26,6 +26,8 @@ _SEED = 20240
 _BATCH = 16
 #: Tokens taken greedily after a random first token (LLM-QAT: 3 to 5).
 _GREEDY = 3
+#: Texts are not made shorter than this to fit a model.
+_SHORTEST = 16
 
 
 def self_samples(
@@ -44,7 +46,7 @@ def self_samples(
     Args:
         model: Maps ``input_ids`` to ``logits``.
         samples: Number of texts.
-        length: Tokens per text; at most the positions the model has learned embeddings for.
+        length: Tokens per text; halved until the model takes it (learned positions end somewhere).
         start: Id of the first token; None = the model's metadata, else random.
         threads: As for ``OrtRunner``.
         custom_ops: As for ``OrtRunner``.
@@ -67,12 +69,12 @@ def self_samples(
         )
     if start is None and (known := model.metadata_props.get(START_KEY)) is not None:
         start = int(known)
-    learned = next((s.vocab for s in specs if s.name == "position_ids"), None)
-    length = min(length, learned or length)
     runner = OrtRunner(model, threads=threads, custom_ops=custom_ops)
+    generator = _Generator(runner, specs, ids)
+    length = generator.reach(length)
     rng = np.random.default_rng(_SEED)
     rows = [
-        _Generator(runner, specs, ids).run(min(_BATCH, samples - done), length, start, rng)
+        generator.run(min(_BATCH, samples - done), length, start, rng)
         for done in range(0, samples, _BATCH)
     ]
     return {"input_ids": np.concatenate(rows)}
@@ -86,6 +88,17 @@ class _Generator:
         self._specs = specs
         self._ids = ids
         self._cache = _cache_names([s.name for s in specs if is_past(s)], runner.output_names)
+
+    def reach(self, length: int) -> int:
+        """The largest of ``length``, its half, ... that the model runs on."""
+        while length > _SHORTEST:
+            try:
+                self._runner.run(self._feed(np.zeros((1, length), np.int64), {}))
+            except OptimizerError:
+                length //= 2
+            else:
+                break
+        return length
 
     def run(
         self, rows: int, length: int, start: int | None, rng: np.random.Generator
