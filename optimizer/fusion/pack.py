@@ -23,7 +23,9 @@ def pack_beside(graph: ir.Graph, linears: Sequence[Linear], anchor: ir.Node, nam
     """
     w = Writer(graph, anchor, name)
     parts = [Affine.of(linear) for linear in linears]
-    wide = w.linear(linears[0].input, beside(parts, "packed"), "packed")
+    x = linears[0].matmul.inputs[0]  # read from the graph: an earlier rewrite may have replaced it
+    assert x is not None  # noqa: S101  (a MatMul has two inputs)
+    wide = w.linear(x, beside(parts, "all"), "all")
     pieces = w.split(wide, [part.outputs for part in parts], "part")
     for linear, piece in zip(linears, pieces, strict=True):
         replace_value(linear.output, piece, keep_name=True)
@@ -46,4 +48,4 @@ def pack_stacked(
     w = Writer(graph, anchor, name)
     parts = [Affine.of(linear) for linear in linears]
     joined = w.op("Concat", [linear.input for linear in linears], "inputs", {"axis": -1})
-    return w.linear(joined, stacked(parts, "packed"), "packed")
+    return w.linear(joined, stacked(parts, "sum"), "sum")
