@@ -36,7 +36,10 @@ from optimizer.runners.ort import OrtRunner
 HOME = Path(__file__).resolve().parent
 SEQUENCE = 128
 PAST = 256
-SAMPLES = 8
+#: Prompts to calibrate on: enough to see every one of 2048 token ids, which is what decides the
+#: range of the first layer of a model with random weights.
+CALIBRATION = 64
+HELD_OUT = 8
 BASELINE = "ORT fp32"
 OURS = "ours"
 
@@ -113,11 +116,11 @@ def export(row: Row, folder: Path, layers: int | None) -> tuple[Path, int]:
     return onnx_export.write(exported, folder / "original.onnx"), int(config.vocab_size)
 
 
-def feeds(path: Path, vocabulary: int, seed: int) -> list[dict[str, np.ndarray]]:
+def feeds(path: Path, vocabulary: int, count: int, seed: int) -> list[dict[str, np.ndarray]]:
     """Random prompts of the timed length, with an empty cache."""
     rng = np.random.default_rng(seed)
     specs = OrtRunner(path, optimize=False).inputs
-    return [{spec.name: _array(spec, vocabulary, rng) for spec in specs} for _ in range(SAMPLES)]
+    return [{spec.name: _array(spec, vocabulary, rng) for spec in specs} for _ in range(count)]
 
 
 def _array(spec: Any, vocabulary: int, rng: np.random.Generator) -> np.ndarray:
@@ -162,7 +165,8 @@ def measure(key: str, arguments: argparse.Namespace, folder: Path) -> dict[str, 
     row = ROWS[key]
     folder.mkdir(parents=True, exist_ok=True)
     source, vocabulary = export(row, folder, arguments.layers)
-    calibration, held_out = (feeds(source, vocabulary, seed) for seed in (1, 2))
+    calibration = feeds(source, vocabulary, CALIBRATION, seed=1)
+    held_out = feeds(source, vocabulary, HELD_OUT, seed=2)
     models, failures = {BASELINE: source}, {}
     models.update(ours(row, source, calibration, folder, arguments.passes))
     for number, name in enumerate(peers.PEERS):
