@@ -135,6 +135,8 @@ def parts(shapes: Shapes, columns: Columns, node: ir.Node) -> list[Columns] | No
         case "Gather":
             axis = node.attributes.get_int("axis", 0) % len(shape)
             found = _gather(node)
+        case "GatherND":
+            axis, found = 0, _gather_nd(node)
         case _:
             return None
     if found is None or columns.order[axis] is not None:
@@ -165,6 +167,17 @@ def _gather(node: ir.Node) -> list[tuple[ir.Value, slice | int]] | None:
     if len(tensor.shape) == 0:
         return [(node.outputs[0], index[0])]
     if len(tensor.shape) > 1:
+        return None
+    end = index[0] + 1
+    return [(node.outputs[0], slice(index[0], end if end else None))]
+
+
+def _gather_nd(node: ir.Node) -> list[tuple[ir.Value, slice | int]] | None:
+    """One index of the first axis, which stays."""
+    index, tensor = numbers(node.inputs[1]), graphs.constant(node.inputs[1])
+    if index is None or tensor is None or node.attributes.get_int("batch_dims", 0) != 0:
+        return None
+    if list(tensor.shape) != [1, 1]:
         return None
     end = index[0] + 1
     return [(node.outputs[0], slice(index[0], end if end else None))]

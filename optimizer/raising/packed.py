@@ -72,19 +72,36 @@ def _pieces(shapes: Shapes, layer: Linear) -> list[Columns] | None:
     shape = shapes.of(layer.output)
     if shape is None or not isinstance(shape[-1], int):
         return None
-    current = tracking.start(layer.output, len(shape), shape[-1])
+    pieces = _cut(shapes, tracking.start(layer.output, len(shape), shape[-1]), _MAX_CHAIN)
+    return None if pieces is None else [_laid_out_further(shapes, piece) for piece in pieces]
+
+
+def _cut(shapes: Shapes, columns: Columns, steps: int) -> list[Columns] | None:
+    """What the users of ``columns`` select, at once or after a change of layout."""
+    users = list(dict.fromkeys(use.node for use in columns.value.uses()))
+    if columns.value.is_graph_output() or not users or steps == 0:
+        return None
+    result: list[Columns] = []
+    for user in users:
+        chosen = tracking.parts(shapes, columns, user)
+        if chosen is None:
+            following = tracking.through(shapes, columns, user)
+            chosen = None if following is None else _cut(shapes, following, steps - 1)
+        if chosen is None:
+            return None
+        result += chosen
+    return result
+
+
+def _laid_out_further(shapes: Shapes, piece: Columns) -> Columns:
+    """The part after the changes of layout that follow, so that all of them become one."""
     for _ in range(_MAX_CHAIN):
-        if current.value.is_graph_output():
-            return None
-        users = list(dict.fromkeys(use.node for use in current.value.uses()))
-        chosen = [tracking.parts(shapes, current, user) for user in users]
-        if users and all(part is not None for part in chosen):
-            return [piece for part in chosen if part is not None for piece in part]
-        following = tracking.through(shapes, current, users[0]) if len(users) == 1 else None
+        user = graphs.only_user(piece.value)
+        following = None if user is None else tracking.through(shapes, piece, user)
         if following is None:
-            return None
-        current = following
-    return None
+            break
+        piece = following
+    return piece
 
 
 def _reason_to_skip(shapes: Shapes, pieces: list[Columns]) -> str | None:
