@@ -93,12 +93,12 @@ def test_parts_chosen_by_index_lose_their_axis() -> None:
 def test_one_key_and_value_head_beside_many_query_heads_is_split_off() -> None:
     """Some users cut at once, some after a Transpose; their Transposes become one."""
     model = graph(
-        f"{LAYER}  r = Reshape(l, six)  q = Slice(r, zero, two, two)  "
+        f"{LAYER}  r = Reshape(l, grouped)  q = Slice(r, zero, two, two)  "
         "t = Transpose<perm = [2, 0, 1, 3]>(r)  k0 = GatherND(t, n2)  v0 = GatherND(t, n1)  "
         "k = Transpose<perm = [1, 0, 2, 3]>(k0)  v = Transpose<perm = [1, 0, 2, 3]>(v0)  "
         "h = Transpose<perm = [0, 2, 1, 3]>(q)  s = Mul(h, k)  y = Add(s, v)",
         constants=CONSTANTS.replace("one = {1}", "one = {1}, int64[1] two = {2}").replace(
-            "int64[4] heads", "int64[4] six = {0, 0, 4, 3}, int64[1,1] n1 = {-1}, "
+            "int64[4] heads", "int64[4] grouped = {0, 0, 4, 3}, int64[1,1] n1 = {-1}, "
             "int64[1,1] n2 = {-2}, int64[4] heads"
         ),
         output="float[B,2,S,3] y",
