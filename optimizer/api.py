@@ -27,7 +27,7 @@ PassSpec: TypeAlias = str | tuple[str, Mapping[str, Any]]
 
 def optimize(
     model: ModelSpec,
-    passes: str | Sequence[PassSpec] = (),
+    passes: str | Sequence[PassSpec] | None = None,
     *,
     output: str | Path | None = None,
     recipe: str | Path | Recipe | None = None,
@@ -41,7 +41,8 @@ def optimize(
 
     Args:
         model: See ``ModelSpec``.
-        passes: In order; ``canonicalize`` always runs first. Also as one text, as for ``--passes``.
+        passes: In order; ``canonicalize`` always runs first, and alone where none is named. Also as
+            one text, as for ``--passes``.
         output: Where to write. A model that is a file is written to ``<name>.opt.onnx`` beside it
             by default; a model in memory is only returned.
         recipe: Instead of ``passes``.
@@ -71,7 +72,7 @@ def optimize(
     for key, spec in (("calibration", calibration), ("evaluation", evaluation)):
         if isinstance(spec, str | Path):
             settings[key] = str(spec)
-    resolved = _resolve(passes, recipe, overrides, settings)
+    resolved = _resolve(passes or (), recipe, overrides, settings)
     return Job(model, resolved, request).run()
 
 

@@ -30,6 +30,8 @@ __all__ = [
     "size_text",
 ]
 
+#: What the libraries below raise on bytes that are protobuf but make no sense.
+_DAMAGE = (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, RuntimeError)
 _LFS_HEAD = b"version https://git-lfs.github.com/spec/"
 
 
@@ -99,6 +101,10 @@ def load_model(
             model_input.check_numbers(model)
     except OptimizerError as error:
         raise type(error)(f"{path}: {error}") from error
+    except _DAMAGE as error:
+        reason = str(error).strip().partition("\n")[0][:200]
+        msg = f"{path}: is damaged: {reason}; expected a model that onnx.checker accepts"
+        raise ModelError(msg) from error
     return model
 
 

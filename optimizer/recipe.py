@@ -360,5 +360,5 @@ def _toml(value: Any) -> str:
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     if isinstance(value, float):
         return repr(value)
-    # JSON strings, integers and booleans are TOML as they stand.
-    return json.dumps(value, ensure_ascii=False)
+    # JSON strings, integers and booleans are TOML as they stand, but for one control character.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -262,3 +262,16 @@ def test_every_weight_of_a_written_model_is_finite(small: Path) -> None:
     result = optimize(small, [SCALE])
     assert result.path is not None
     assert load_model(result.path)
+
+
+def test_a_torch_module_is_exported_and_optimized(tmp_path: Path) -> None:
+    import torch
+
+    module = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 4))
+    example = torch.randn(2, 8)
+    result = optimize(module, example_inputs=(example,), output=tmp_path / "mlp.onnx")
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(result.path))
+    found = session.run(None, {session.get_inputs()[0].name: example.numpy()})[0]
+    np.testing.assert_allclose(found, module(example).detach().numpy(), rtol=0, atol=1e-5)

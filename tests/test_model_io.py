@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 from pathlib import Path
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import models
 import numpy as np
 import onnx
@@ -19,6 +22,7 @@ from optimizer.errors import (
     ExportError,
     MissingDependencyError,
     ModelError,
+    OptimizerError,
     OptionError,
     UnsupportedError,
 )
@@ -159,6 +163,30 @@ def test_a_file_cut_short_is_refused(saved: Path, share: float) -> None:
     content = saved.read_bytes()
     saved.write_bytes(content[: int(len(content) * share)])
     assert "cut short" in refusal(saved)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("sound") / "m.onnx"
+    save_model(models.build(layers=1), path)
+    return path.read_bytes()
+
+
+@hypothesis.settings(
+    max_examples=200, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+@hypothesis.given(st.data())
+def test_damaged_bytes_are_refused_or_harmless_but_never_a_crash(
+    sound: bytes, tmp_path: Path, data: st.DataObject
+) -> None:
+    damaged = bytearray(sound)
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(sound) - 1))
+        damaged[place] = data.draw(st.integers(0, 255))
+    path = tmp_path / "damaged.onnx"
+    path.write_bytes(damaged)
+    with contextlib.suppress(OptimizerError):
+        load_model(path)
 
 
 def test_a_git_lfs_pointer_is_recognised(tmp_path: Path) -> None:

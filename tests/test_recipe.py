@@ -6,7 +6,9 @@ import textwrap
 from pathlib import Path
 from typing import Any, Literal
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import HealthCheck, given, settings
 from pydantic import Field
 
 from optimizer import recipe as recipes
@@ -195,6 +197,23 @@ def test_a_recipe_written_out_reads_back_equal(tmp_path: Path) -> None:
     path = tmp_path / "r.toml"
     path.write_text(to_toml(first), "utf-8")
     assert load_recipe(path) == first
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.text(st.characters(exclude_categories=["Cs"])),
+    ratio=st.floats(allow_nan=False),
+    sizes=st.lists(st.integers(-(2**40), 2**40)).map(tuple),
+    bypass=st.integers(0, 9) | st.just("symmetric"),
+    first=st.none() | st.integers(0, 99),
+)
+def test_any_options_survive_the_file(
+    tmp_path_factory: pytest.TempPathFactory, **options: Any
+) -> None:
+    path = tmp_path_factory.mktemp("recipe") / "r.toml"
+    recipe = make_recipe([("demo", options)])
+    path.write_text(to_toml(recipe), "utf-8", newline="")
+    assert load_recipe(path) == recipe
 
 
 def test_settings_given_beside_a_recipe_file_win(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ command runs, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import sys
 import warnings
@@ -126,7 +127,9 @@ def run_command(args: list[str]) -> int:
     """Run the command line and return the exit code, printing at most four lines of error."""
     verbose = any(item in ("-v", "--verbose") for item in args)
     if not verbose:
-        warnings.simplefilter("ignore")  # those of libraries; ours are notes of the listener
+        # Those of libraries; what the user should know comes as a note of the listener.
+        warnings.simplefilter("ignore")
+        logging.lastResort = logging.NullHandler()  # type: ignore[assignment]
     try:
         result: Any = cli.main(args, prog_name="optimize", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
