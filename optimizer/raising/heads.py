@@ -82,13 +82,17 @@ def join(graph: ir.Graph, anchor: ir.Node, heads: Heads) -> ir.Value:
     )
 
 
+def swap(graph: ir.Graph, anchor: ir.Node, value: ir.Value) -> ir.Value:
+    """``value`` with its axes 1 and 2 exchanged, inserted before ``anchor``."""
+    name = f"{value.name}_swapped"
+    return graphs.insert(
+        graph, anchor, "Transpose", [value], {"perm": list(_SWAP)}, name=name, dtype=value.dtype
+    )
+
+
 def split(graph: ir.Graph, anchor: ir.Node, value: ir.Value, count: int, size: int) -> ir.Value:
     """[B, H, S, c] of ``value`` [B, S, H*c], inserted before ``anchor``."""
     target = graphs.add_initializer(graph, "split_heads", np.array([0, 0, count, size], np.int64))
-    rows = graphs.insert(
-        graph, anchor, "Reshape", [value, target], name=f"{value.name}_heads", dtype=value.dtype
-    )
-    name = f"{value.name}_swapped"
-    return graphs.insert(
-        graph, anchor, "Transpose", [rows], {"perm": list(_SWAP)}, name=name, dtype=value.dtype
-    )
+    name = f"{value.name}_heads"
+    rows = graphs.insert(graph, anchor, "Reshape", [value, target], name=name, dtype=value.dtype)
+    return swap(graph, anchor, rows)

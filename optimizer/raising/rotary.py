@@ -3,6 +3,8 @@
 Rewrite: ``x * cos + rotate_half(x) * sin``, with ``rotate_half(x) = [-x2, x1]`` of the two halves
          x1, x2 of the last axis and cos, sin [B, 1, S, r] whose halves are equal
          -> RotaryEmbedding(x, cos', sin') with cos', sin' [B, S, r/2];
+         ``rotate`` of neighbours, (-x1, x0, -x3, x2, ...), with each angle twice in a row
+         -> ``interleaved``; either on [B, S, H, c] too, with tables [B, S, 1, r];
          ``Concat(RotaryEmbedding(x[..., :r]), x[..., r:])`` -> ``rotary_embedding_dim = r``;
          RotaryEmbedding on [B, H, S, c] behind Reshape and Transpose -> on [B, S, H*c];
          tables looked up through ``position_ids`` -> Gather once, shared by all layers.
@@ -23,10 +25,10 @@ from optimizer import graph as graphs
 from optimizer.nodes import node_of, operand, operands, optional
 from optimizer.raising import heads as layout
 from optimizer.raising.base import Miss, RuleReport, site
-from optimizer.raising.dims import Dim
+from optimizer.raising.dims import Dim, Shape
 from optimizer.raising.shape_rules import slice_bounds
 from optimizer.raising.shapes import Shapes
-from optimizer.raising.tables import Tables
+from optimizer.raising.tables import Paired, Tables
 
 _END = 2**31 - 1
 
@@ -127,49 +129,100 @@ def _part(shapes: Shapes, value: ir.Value | None) -> tuple[ir.Value, tuple[int, 
 
 
 def _raise_decomposed(state: _State, node: ir.Node) -> None:
-    """``x*cos + rotate_half(x)*sin``, in any order of operands, on [B, H, S, r]."""
+    """``x*cos + rotate(x)*sin``, in any order of operands, on [B, H, S, r] or [B, S, H, r]."""
     for straight, crossed in (operands(node), operands(node)[::-1]):
         match = _match_products(state.shapes, straight, crossed)
         if match is None:
             continue
-        x, cos, sin = match
+        x, cos, sin, paired = match
         shape = state.shapes.of(x)
         if shape is None or len(shape) != 4:
             state.skip(node, "the rotary embedding is not on a 4-D value")
             return
-        tables = [state.tables.narrow(table, shape, node) for table in (cos, sin)]
-        for table in tables:
-            if isinstance(table, str):
-                state.skip(node, f"the tables of the rotary embedding: {table}")
-                return
+        axis = _heads_axis(state.shapes, cos, sin, shape)
+        tables = [state.tables.narrow(t, shape, axis, paired, node) for t in (cos, sin)]
+        reason = next((table for table in tables if isinstance(table, str)), None)
+        if reason is not None:
+            state.skip(node, f"the tables of the rotary embedding: {reason}")
+            return
+        inputs = [table for table in tables if isinstance(table, ir.Value)]
+        attributes = {"interleaved": int(paired is Paired.NEIGHBOURS)}
+        if axis == 2:
+            x = layout.swap(state.graph, node, x)
         raised = graphs.insert(
-            state.graph,
-            node,
-            "RotaryEmbedding",
-            [x, *(table for table in tables if isinstance(table, ir.Value))],
-            {"interleaved": 0},
-            dtype=x.dtype,
+            state.graph, node, "RotaryEmbedding", [x, *inputs], attributes, dtype=x.dtype
         )
-        graphs.replace_value(node.outputs[0], raised, keep_name=True)
+        result = raised if axis == 1 else layout.swap(state.graph, node, raised)
+        graphs.replace_value(node.outputs[0], result, keep_name=True)
         state.applied += 1
         return
 
 
+def _heads_axis(shapes: Shapes, cos: ir.Value, sin: ir.Value, shape: Shape) -> int:
+    """2 where both tables are [B, S, 1, r] for x [B, S, H, r], else 1."""
+    tables = [shapes.of(table) for table in (cos, sin)]
+    turned = [t is not None and len(t) == 4 and t[1:3] == (shape[1], 1) for t in tables]
+    return 2 if all(turned) and shape[1] != 1 else 1
+
+
 def _match_products(
     shapes: Shapes, straight: ir.Value, crossed: ir.Value
-) -> tuple[ir.Value, ir.Value, ir.Value] | None:
-    """(x, cos, sin) of ``straight = x*cos`` and ``crossed = rotate_half(x)*sin``."""
+) -> tuple[ir.Value, ir.Value, ir.Value, Paired] | None:
+    """(x, cos, sin, kind) of ``straight = x*cos`` and ``crossed = rotate(x)*sin``."""
     first, second = node_of(straight, "Mul"), node_of(crossed, "Mul")
     if first is None or second is None:
         return None
     for rotated, sin in (operands(second), operands(second)[::-1]):
-        x = _rotated_half(shapes, rotated)
+        x, paired = _rotated_half(shapes, rotated), Paired.HALVES
+        if x is None:
+            x, paired = _rotated_pairs(shapes, rotated), Paired.NEIGHBOURS
         if x is None:
             continue
         for value, cos in (operands(first), operands(first)[::-1]):
             if value is x:
-                return x, cos, sin
+                return x, cos, sin, paired
     return None
+
+
+def _rotated_pairs(shapes: Shapes, value: ir.Value) -> ir.Value | None:
+    """The x where ``value`` is (-x1, x0, -x3, x2, ...): the stacked parts, flattened."""
+    reshape = node_of(value, "Reshape")
+    concat = None if reshape is None else node_of(reshape.inputs[0], "Concat")
+    shape = shapes.of(value)
+    if concat is None or len(concat.inputs) != 2 or shape is None:
+        return None
+    rank = len(shape)
+    stacked = shapes.of(concat.outputs[0])
+    if stacked is None or len(stacked) != rank + 1 or stacked[-1] != 2:
+        return None
+    if concat.attributes["axis"].as_int() not in (-1, rank):
+        return None
+    odd, even = (_under_new_axis(shapes, v) for v in concat.inputs)
+    negated = node_of(odd, "Neg")
+    if negated is None:
+        return None
+    sources = [_every_second(negated.inputs[0], 1, rank), _every_second(even, 0, rank)]
+    x = sources[0]
+    return x if x is not None and x is sources[1] and shapes.same(x, value) else None
+
+
+def _under_new_axis(shapes: Shapes, value: ir.Value | None) -> ir.Value | None:
+    """The v where ``value`` is v with a last axis of size 1 added."""
+    node = node_of(value, "Unsqueeze", "Reshape")
+    source = None if node is None else operand(node)
+    shape = shapes.of(source)
+    return source if shape is not None and shapes.of(value) == (*shape, 1) else None
+
+
+def _every_second(value: ir.Value | None, first: int, rank: int) -> ir.Value | None:
+    """The x where ``value`` is x[..., first::2]."""
+    node = node_of(value, "Slice")
+    bounds = None if node is None else slice_bounds(node, rank)
+    if node is None or bounds is None or len(bounds) != 1:
+        return None
+    axis, part = bounds[0]
+    taken = (axis, part.start, part.step) == (rank - 1, first, 2) and part.stop >= _END
+    return operand(node) if taken else None
 
 
 def _raise_partial(state: _State, node: ir.Node) -> None:
@@ -177,10 +230,14 @@ def _raise_partial(state: _State, node: ir.Node) -> None:
     if len(node.inputs) != 2:
         return
     rotary = node_of(node.inputs[0], "RotaryEmbedding")
+    turned = rotary is None  # then both parts may be [B, S, H, c], around Transposes
+    if turned:
+        rotary = node_of(layout.swapped(node.inputs[0]), "RotaryEmbedding")
     if rotary is None or rotary.attributes.get_int("rotary_embedding_dim", 0) != 0:
         return
     shapes = state.shapes
-    rotated, rest = _part(shapes, rotary.inputs[0]), _part(shapes, node.inputs[1])
+    part = layout.swapped(rotary.inputs[0]) if turned else rotary.inputs[0]
+    rotated, rest = _part(shapes, part), _part(shapes, node.inputs[1])
     if rotated is None or rest is None or rotated[0] is not rest[0]:
         state.skip(node, "the two parts of a partial rotary embedding have different sources")
         return
@@ -193,9 +250,10 @@ def _raise_partial(state: _State, node: ir.Node) -> None:
         state.skip(node, "the two parts of a partial rotary embedding are not the whole head")
         return
     attributes = {"rotary_embedding_dim": middle, **_kept(rotary)}
-    inputs = [x, *rotary.inputs[1:]]
+    inputs = [layout.swap(state.graph, node, x) if turned else x, *rotary.inputs[1:]]
     raised = graphs.insert(state.graph, node, "RotaryEmbedding", inputs, attributes, dtype=x.dtype)
-    graphs.replace_value(node.outputs[0], raised, keep_name=True)
+    result = layout.swap(state.graph, node, raised) if turned else raised
+    graphs.replace_value(node.outputs[0], result, keep_name=True)
     state.applied += 1
 
 

@@ -127,7 +127,7 @@ def _resolve(
     compute: Callable[[ir.Value], Shape | None],
 ) -> Shape | None:
     """``compute(value)`` with its producers computed first, so that depth is no recursion."""
-    stack = [value]
+    stack, entered = [value], {value}
     while stack:
         current = stack[-1]
         if current in memo:
@@ -135,9 +135,10 @@ def _resolve(
             continue
         node = current.producer()
         sources = [] if node is None else [v for v in node.inputs if v is not None]
-        waiting = [v for v in sources if v not in memo and v not in stack]
+        waiting = [v for v in sources if v not in memo and v not in entered]
         if waiting:
             stack.extend(waiting)
+            entered.update(waiting)
             continue
         memo[current] = compute(current)
         stack.pop()

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import enum
+
 import numpy as np
 import onnx_ir as ir
 
 from optimizer import graph as graphs
 from optimizer.nodes import by_constant, dims, node_of, operand
+from optimizer.raising import dims as dims_
 from optimizer.raising.dims import Dim, Shape
 from optimizer.raising.shape_rules import axes_of
 from optimizer.raising.shapes import Shapes
 
 _UNARY = frozenset({"Cast", "Cos", "Identity", "Neg", "Sin"})
 _MAX_DEPTH = 12
+
+
+class Paired(enum.Enum):
+    """Where a table has each angle twice: i and i + r/2, or 2i and 2i + 1."""
+
+    HALVES = "halves"
+    NEIGHBOURS = "neighbours"
+
+
+def _two(array: np.ndarray, paired: Paired) -> tuple[np.ndarray, np.ndarray]:
+    """The two halves of a table that ought to be equal."""
+    half = array.shape[-1] // 2
+    if paired is Paired.HALVES:
+        return array[..., :half], array[..., half:]
+    return array[..., ::2], array[..., 1::2]
 
 
 class Tables:
@@ -25,16 +43,20 @@ class Tables:
     def __init__(self, graph: ir.Graph, shapes: Shapes) -> None:
         self._graph = graph
         self._shapes = shapes
-        self._halves: dict[ir.Value, ir.Value] = {}
-        self._dropped: dict[ir.Value, ir.Value] = {}
+        self._halves: dict[tuple[ir.Value, Paired], ir.Value] = {}
+        self._dropped: dict[tuple[ir.Value, int], ir.Value] = {}
         self._full: dict[tuple[ir.Value, ir.Value | None, Dim], ir.Value] = {}
 
-    def narrow(self, table: ir.Value, shape: Shape, anchor: ir.Node) -> ir.Value | str:
+    def narrow(
+        self, table: ir.Value, shape: Shape, heads_axis: int, paired: Paired, anchor: ir.Node
+    ) -> ir.Value | str:
         """[B or 1, S, r/2] of a table [B or 1, 1, S, r] that is multiplied with ``shape``.
 
         Args:
-            table: Its two halves along the last axis must be equal.
-            shape: [B, H, S, r].
+            table: Every angle comes twice along its last axis.
+            shape: [B, H, S, r], or [B, S, H, r] with ``heads_axis`` 2.
+            heads_axis: Where the table has the size 1.
+            paired: Where the two of each angle are.
             anchor: The first site of the table.
 
         Returns:
@@ -43,64 +65,82 @@ class Tables:
         found = self._shapes.of(table)
         if found is None or not 2 <= len(found) <= 4:
             return "rank not known"
+        expected = list(shape)
+        expected[heads_axis] = 1
         padded = (1,) * (4 - len(found)) + found
-        if padded[0] not in (1, shape[0]) or padded[1:] != (1, *shape[2:]):
+        if padded[0] not in (1, shape[0]) or list(padded[1:]) != expected[1:]:
             return "shape is not [batch, 1, sequence, size of the head]"
-        rows = self._without_heads(table, anchor)
+        rows = self._without_heads(table, heads_axis, anchor)
         if rows is None:
             return "axis of the heads cannot be removed"
-        if not self._is_doubled(rows, _MAX_DEPTH):
-            return "halves are not known to be equal"
-        return self._half(rows, anchor)
+        if not self._is_doubled(rows, paired, _MAX_DEPTH):
+            return f"{paired.value} are not known to be equal"
+        return self._half(rows, paired, anchor)
 
-    def _without_heads(self, table: ir.Value, anchor: ir.Node) -> ir.Value | None:
+    def _without_heads(self, table: ir.Value, heads_axis: int, anchor: ir.Node) -> ir.Value | None:
         """[B or 1, S, r] of [B or 1, 1, S, r] (or of a table without leading axes)."""
         rank = len(self._shapes.of(table) or ())
+        if rank < 4 and heads_axis != 1:
+            return None
         if rank == 3:  # broadcast against [B, H, S, r], its first axis is the heads'
             return table
         node = node_of(table, "Unsqueeze")
         if node is not None and rank == 4:
             axes = axes_of(node, 1)
-            if axes is not None and [axis % 4 for axis in axes] == [1]:
+            if axes is not None and [axis % 4 for axis in axes] == [heads_axis]:
                 return operand(node)
-        if table not in self._dropped:
-            op_type, axis = ("Squeeze", 1) if rank == 4 else ("Unsqueeze", 0)
+        key = table, heads_axis
+        if key not in self._dropped:
+            op_type, axis = ("Squeeze", heads_axis) if rank == 4 else ("Unsqueeze", 0)
             axes_value = graphs.add_initializer(
                 self._graph, "table_axis", np.array([axis], np.int64)
             )
-            self._dropped[table] = graphs.insert(
-                self._graph,
-                anchor,
-                op_type,
-                [table, axes_value],
-                name=f"{table.name}_rows",
-                dtype=table.dtype,
+            name = f"{table.name}_rows"
+            self._dropped[key] = graphs.insert(
+                self._graph, anchor, op_type, [table, axes_value], name=name, dtype=table.dtype
             )
-        return self._dropped[table]
+        return self._dropped[key]
 
-    def _is_doubled(self, value: ir.Value, depth: int) -> bool:
-        """Whether the two halves of the last axis are equal, by construction."""
+    def _is_doubled(self, value: ir.Value, paired: Paired, depth: int) -> bool:
+        """Whether every angle comes twice along the last axis, by construction."""
         shape = self._shapes.of(value)
-        if depth == 0 or shape is None or not shape or not isinstance(shape[-1], int):
+        if depth == 0 or not shape or not isinstance(shape[-1], int) or shape[-1] % 2:
             return False
-        if shape[-1] % 2:
-            return False
-        if graphs.constant(value) is not None:
-            array = graphs.const(value)
-            half = shape[-1] // 2
-            return array is not None and np.array_equal(array[..., :half], array[..., half:])
+        array = graphs.const(value)
+        if array is not None:
+            return np.array_equal(*_two(array, paired))
         node = value.producer()
         if node is None or node.domain != "":
             return False
+        return self._is_doubled_by(node, len(shape), paired, depth)
+
+    def _is_doubled_by(self, node: ir.Node, rank: int, paired: Paired, depth: int) -> bool:
+        """Whether this node doubles every angle, or keeps what is doubled."""
         source = self._elementwise(node)
         if source is not None:
-            return self._is_doubled(source, depth - 1)
-        if node.op_type == "Concat":
-            last = node.attributes["axis"].as_int() in (-1, len(shape) - 1)
+            return self._is_doubled(source, paired, depth - 1)
+        if node.op_type == "Concat" and paired is Paired.HALVES:
+            last = node.attributes["axis"].as_int() in (-1, rank - 1)
             return last and len(node.inputs) == 2 and node.inputs[0] is node.inputs[1]
-        if self._keeps_last_axis(node, len(shape)):
-            return self._is_doubled(operand(node), depth - 1)
+        if node.op_type == "Reshape" and paired is Paired.NEIGHBOURS:
+            return self._repeated(node) is not None
+        if self._keeps_last_axis(node, rank):
+            return self._is_doubled(operand(node), paired, depth - 1)
         return False
+
+    def _repeated(self, reshape: ir.Node) -> ir.Value | None:
+        """The f [..., n] of Reshape(Expand(Unsqueeze(f, -1), [..., n, 2]), [..., 2n])."""
+        expand = node_of(reshape.inputs[0], "Expand")
+        below = None if expand is None else node_of(expand.inputs[0], "Unsqueeze", "Reshape")
+        if expand is None or below is None:
+            return None
+        source, wide = self._shapes.of(below.inputs[0]), self._shapes.of(expand.outputs[0])
+        narrow = self._shapes.of(expand.inputs[0])
+        if source is None or wide != (*source, 2) or narrow != (*source, 1):
+            return None
+        result = self._shapes.of(reshape.outputs[0])
+        doubled = (*source[:-1], dims_.multiply(source[-1], 2))
+        return operand(below) if result == doubled else None
 
     @staticmethod
     def _elementwise(node: ir.Node) -> ir.Value | None:
@@ -123,31 +163,33 @@ class Tables:
             return axes is not None and all(axis % full != full - 1 for axis in axes)
         return False
 
-    def _half(self, value: ir.Value, anchor: ir.Node) -> ir.Value:
-        """The first half of the last axis of a doubled value."""
-        if value in self._halves:
-            return self._halves[value]
+    def _half(self, value: ir.Value, paired: Paired, anchor: ir.Node) -> ir.Value:
+        """Each angle of a doubled value once."""
+        if (value, paired) in self._halves:
+            return self._halves[value, paired]
         name = f"{value.name}_half"
         node = value.producer()
         if graphs.constant(value) is not None:
             shape = dims(value) or ()
             half = shape[-1] // 2
-            tensor = graphs.derived(value, [*shape[:-1], half], lambda a: a[..., :half])
+            tensor = graphs.derived(value, [*shape[:-1], half], lambda a: _two(a, paired)[0])
             result = graphs.add_initializer(self._graph, name, tensor)
         elif node is None:
             msg = f"value '{value.name}' is not doubled"
             raise ValueError(msg)
         elif node.op_type == "Concat":
             result = operand(node)
+        elif node.op_type == "Reshape" and (repeated := self._repeated(node)) is not None:
+            result = repeated
         else:
             source = self._elementwise(node) or operand(node)
-            narrow = self._half(source, anchor)
+            narrow = self._half(source, paired, anchor)
             inputs = [narrow if v is source else v for v in node.inputs]
             attributes = dict(node.attributes)
             result = graphs.insert(
                 self._graph, anchor, node.op_type, inputs, attributes, name=name, dtype=value.dtype
             )
-        self._halves[value] = result
+        self._halves[value, paired] = result
         return result
 
     def full(

@@ -150,6 +150,52 @@ def test_position_ids_become_one_lookup_for_each_table() -> None:
     assert ops(model)["Gather"] == 2
 
 
+PAIRS = (
+    "o = Slice(h, one, end, three, two)  e = Slice(h, zero, end, three, two)  n = Neg(o)  "
+    "n5 = Unsqueeze(n, last)  e5 = Unsqueeze(e, last)  t5 = Concat<axis = -1>(n5, e5)  "
+    "t = Reshape(t5, whole)"
+)
+PAIR_TABLES = (
+    "f5 = Unsqueeze(f, last)  ff = Expand(f5, twice)  g = Reshape(ff, flat)  c = Cos(g)  "
+    "s = Sin(g)  c4 = Unsqueeze(c, AXIS)  s4 = Unsqueeze(s, AXIS)"
+)
+PAIR_CONSTANTS = CONSTANTS + (
+    ", int64[4] whole = {0, 0, 0, 4}, int64[4] twice = {1, 1, 1, 2}, int64[3] flat = {0, 0, -1}"
+)
+
+
+def test_neighbours_that_turn_together_are_interleaved() -> None:
+    tables = PAIR_TABLES.replace("AXIS", "one")
+    model = case(tables, HEADS, PAIRS, SUM, constants=PAIR_CONSTANTS)
+    apply(model, raise_all)
+    node = only(model, "RotaryEmbedding")
+    assert node.inputs[0] is model.graph.inputs[0]
+    assert node.attributes["interleaved"].as_int() == 1
+
+
+def test_halves_do_not_match_tables_of_neighbours() -> None:
+    tables = PAIR_TABLES.replace("AXIS", "one")
+    model = case(tables, HEADS, HALVES, SUM, constants=PAIR_CONSTANTS)
+    refuses(model, raise_all, "halves are not known to be equal")
+
+
+@pytest.mark.parametrize("kind", ["halves", "neighbours"])
+def test_heads_after_the_sequence_are_turned_and_back(kind: str) -> None:
+    tables = (
+        PAIR_TABLES.replace("AXIS", "two")
+        if kind == "neighbours"
+        else (TABLES.replace("(c, one)", "(c, two)").replace("(s, one)", "(s, two)"))
+    )
+    model = case(
+        tables, "h = Reshape(x, heads)", PAIRS if kind == "neighbours" else HALVES, SUM,
+        output="float[B,S,2,4] y", constants=PAIR_CONSTANTS,
+    )  # fmt: skip
+    apply(model, raise_all)
+    node = only(model, "RotaryEmbedding")
+    assert node.inputs[0] is model.graph.inputs[0]
+    assert node.attributes["interleaved"].as_int() == (kind == "neighbours")
+
+
 REFUSED = {
     "the second half is not negated": HALVES.replace("(n, a)", "(b, a)"),
     "the halves are exchanged": HALVES.replace("Neg(b)", "Neg(a)").replace("(n, a)", "(n, b)"),
