@@ -129,7 +129,7 @@ def run_command(args: list[str]) -> int:
     if not verbose:
         # Those of libraries; what the user should know comes as a note of the listener.
         warnings.simplefilter("ignore")
-        logging.lastResort = logging.NullHandler()  # type: ignore[assignment]
+        logging.lastResort = logging.NullHandler()
     try:
         result: Any = cli.main(args, prog_name="optimize", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
