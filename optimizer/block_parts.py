@@ -114,6 +114,14 @@ def norm(output: ir.Value) -> Norm | None:
     return Norm(node, _NORMS[node.op_type], source, scale, bias, output, float(epsilon))
 
 
+def is_dynamic_tanh(value: ir.Value) -> bool:
+    """Whether ``value`` is gamma * tanh(alpha * x) + beta (Zhu et al., 2025)."""
+    add = node_of(value, "Add")
+    scaled = None if add is None else _branch_input(add)
+    scale = None if scaled is None else node_of(scaled, "Mul")
+    return scale is not None and node_of(_branch_input(scale), "Tanh") is not None
+
+
 @dataclass(frozen=True)
 class Branch:
     """What one side of a residual add went through between its last projection and the add.

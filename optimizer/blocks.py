@@ -148,6 +148,8 @@ def _tail(attention: Attention, branch: parts.Branch, add: ir.Node) -> _Tail | s
         return _post_norm(add, source)
     before = parts.norm(source)
     if before is None:
+        if parts.is_dynamic_tanh(source):
+            return "a dynamic tanh stands in the place of the norm before the attention"
         return "no norm before the attention, and its input is not the residual stream"
     stream = before.input
     if rest is stream:

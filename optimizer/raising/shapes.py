@@ -127,21 +127,19 @@ def _resolve(
     compute: Callable[[ir.Value], Shape | None],
 ) -> Shape | None:
     """``compute(value)`` with its producers computed first, so that depth is no recursion."""
-    stack, entered = [value], {value}
+    stack, expanded = [value], set[ir.Value]()
     while stack:
         current = stack[-1]
-        if current in memo:
+        if current in memo or current in expanded:
+            if current not in memo:
+                memo[current] = compute(current)
             stack.pop()
             continue
+        expanded.add(current)
         node = current.producer()
         sources = [] if node is None else [v for v in node.inputs if v is not None]
-        waiting = [v for v in sources if v not in memo and v not in entered]
-        if waiting:
-            stack.extend(waiting)
-            entered.update(waiting)
-            continue
-        memo[current] = compute(current)
-        stack.pop()
+        # What is expanded and has no shape yet depends on ``current``: a cycle, left out.
+        stack.extend(v for v in sources if v not in memo and v not in expanded)
     return memo[value]
 
 

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import models
+import onnx_ir as ir
+import pytest
+from rule_case import graph
+
+from optimizer.raising import dims
+from optimizer.raising.shapes import Shapes
+
+B, S, P = (dims.symbol(name) for name in "BSP")
+
+
+def shape_of(model: ir.Model) -> dims.Shape | None:
+    return Shapes().of(model.graph.outputs[0])
+
+
+def test_polynomials_have_one_form() -> None:
+    assert dims.add(B, S) == dims.add(S, B)
+    assert dims.multiply(dims.add(B, 1), S) == dims.add(dims.multiply(S, B), S)
+    assert dims.subtract(dims.add(B, S), S) == B
+    assert dims.subtract(B, B) == 0
+    assert dims.product([2, B, 3]) == dims.multiply(6, B)
+
+
+def test_quotients_are_exact_or_unknown() -> None:
+    assert dims.divide(dims.product([B, S, 64]), dims.product([B, 16])) == dims.multiply(4, S)
+    assert dims.divide(dims.multiply(B, 7), 2) is None
+    assert dims.divide(B, S) is None
+    assert dims.divide(B, dims.add(B, 1)) is None
+
+
+CASES = {
+    "flattened and restored": (
+        "a = Reshape(x, flat)  b = Shape<start = 0, end = 2>(x)  c = Concat<axis = 0>(b, last)  "
+        "y = Reshape(a, c)", (B, S, 4),
+    ),
+    "heads": ("a = Reshape(x, heads)  y = Transpose<perm = [0, 2, 1, 3]>(a)", (B, 2, S, 2)),
+    "concatenated": ("y = Concat<axis = 1>(p, x)", (B, dims.add(P, S), 4)),
+    "broadcast": ("a = Add(x, row)  y = Mul(a, one)", (B, S, 4)),
+    "two names may differ": ("y = Add(x, p)", (B, dims.symbol("?y.1"), 4)),
+    "first rows of a table": (
+        "n = Shape<start = 1, end = 2>(x)  t = Slice(table, zero, n, zero)  y = Add(x, t)",
+        (B, S, 4),
+    ),
+    "cut by a constant": ("y = Slice(x, zero, two, axis)", (B, S, 2)),
+    "split": ("y, z = Split<axis = -1, num_outputs = 2>(x)", (B, S, 2)),
+    "uneven split": ("y, z = Split<axis = -1>(x, three_one)", (B, S, 3)),
+    "mean": ("y = ReduceMean(x, axis)", (B, S, 1)),
+    "range": (
+        "n = Shape<start = 1, end = 2>(x)  s = Squeeze(n)  r = Range(n0, s, n1)  "
+        "y = Unsqueeze(r, zero)", (1, S),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shape_is_known(name: str) -> None:
+    nodes, expected = CASES[name]
+    rank = ", ".join(f"D{i}" for i in range(len(expected)))
+    dtype = "int64" if name == "range" else "float"
+    model = graph(
+        nodes,
+        inputs="float[B,S,4] x, float[B,P,4] p",
+        output=f"{dtype}[{rank}] y",
+        constants=(
+            "int64[2] flat = {-1, 4}, int64[1] last = {-1}, int64[4] heads = {0, 0, 2, 2}, "
+            "float[4] row = {1, 2, 3, 4}, float one = {1}, int64[1] zero = {0}, "
+            "int64[1] two = {2}, int64[1] axis = {2}, int64[2] three_one = {3, 1}, "
+            "int64 n0 = {0}, int64 n1 = {1}, float[2,4] table = {1, 2, 3, 4, 5, 6, 7, 8}"
+        ),
+    )
+    assert shape_of(model) == expected
+
+
+def test_what_is_not_known_is_not_guessed() -> None:
+    model = graph("y = Compress(x, c)", inputs="float[B,S] x, bool[N] c", output="float[M] y")
+    assert shape_of(model) is None
+
+
+def test_deep_graphs_need_no_deep_recursion() -> None:
+    model = models.build(layers=150)
+    shape = Shapes().of(model.graph.outputs[0])
+    assert shape == (dims.symbol("batch"), dims.symbol("sequence"), 50)
