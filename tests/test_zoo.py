@@ -144,6 +144,22 @@ def test_raising_again_changes_nothing(entry: str) -> None:
     assert [str(n) for n in twice.graph] == [str(n) for n in once.graph]
 
 
+def test_padding_on_the_left_leaves_the_logits_of_tokens_as_they_are() -> None:
+    """Queries without any key exist then; what they compute differs, and nobody reads it."""
+    cell = zoo.Cell(zoo.ZOO["llama"], 18, False)
+    original = ir.load(zoo.export(cell.entry, cell.opset, cell.kv_cache))
+    feed = zoo.make_feeds(cell.entry, False, batch=2, sequence=6)
+    feed["attention_mask"][:] = 1
+    feed["attention_mask"][0, :3] = 0
+    exact = ReferenceRunner(original, double=True).run(feed)["logits"]
+    before, after = (OrtRunner(m).run(feed)["logits"] for m in (original, raised(original)))
+    assert np.isfinite(after).all()
+    tokens = feed["attention_mask"].astype(bool)
+    exact, before, after = exact[tokens], before[tokens], after[tokens]
+    bound = max(2 * np.abs(before - exact).max(), 16 * np.finfo(np.float32).eps * abs(exact).max())
+    assert np.abs(after - exact).max() <= bound
+
+
 def asset(path: str) -> Path | None:
     """A file of the shared assets, where they are."""
     file = ASSETS / path
