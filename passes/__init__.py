@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from optimizer.pass_base import GraphPass
 
-PASS_NAMES: tuple[str, ...] = ("canonicalize", "cqil", "fuse-concurrent", "outliertune")
+PASS_NAMES: tuple[str, ...] = ("canonicalize", "cqil", "outliertune", "fuse-concurrent")
 ENTRY_POINT_GROUP = "optimizer.passes"
 
 
