@@ -62,7 +62,7 @@ def read(path: Path) -> Case:
 
 
 def text(model: ir.Model | onnx.ModelProto) -> str:
-    """One spelling for both sides: what the ONNX printer writes, without doc strings and metadata."""
+    """One spelling for both sides: what the ONNX printer writes, without names of nodes."""
     proto = ir.to_proto(model) if isinstance(model, ir.Model) else model
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)

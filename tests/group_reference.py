@@ -48,7 +48,10 @@ class Definition:
         first = [self.attention(i, self.norm_of(i, "norm1", x)) for i in group]
         if self.config.style.startswith("parallel"):
             second = "norm1" if self.config.style == "parallel" else "norm2"
-            return x + sum(a + self.mlp(i, self.norm_of(i, second, x)) for i, a in zip(group, first, strict=True))
+            return x + sum(
+                a + self.mlp(i, self.norm_of(i, second, x))
+                for i, a in zip(group, first, strict=True)
+            )
         y = x + sum(first)
         for j, i in enumerate(group):
             if self.bypass == "symmetric":
@@ -117,7 +120,11 @@ class Definition:
 
     def mlp(self, layer: int, n: np.ndarray) -> np.ndarray:
         up = self.linear(layer, "up", n)
-        inner = activation(self.config.activation, self.linear(layer, "gate", n)) * up if self.config.gated else activation(self.config.activation, up)
+        inner = (
+            activation(self.config.activation, self.linear(layer, "gate", n)) * up
+            if self.config.gated
+            else activation(self.config.activation, up)
+        )
         return self.linear(layer, "down", inner) * self.weights.get(f"layers.{layer}.mlp.gain", 1.0)
 
 

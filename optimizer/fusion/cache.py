@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, pairwise
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -56,17 +56,12 @@ def group_outputs(
     for past, present, output in _pairs(members, node):
         _rewire_lengths(model.graph, members, past, past[0])
         _rewire_lengths(model.graph, members, present, None)
-        names = [[v.name for v in values if v is not None] for values in (past, present)]
-        if not any(names):
-            continue
+        entry = _Entry([], [], [], [])
+        for block, layer, old, new in zip(members, layers, past, present, strict=True):
+            entry.add(block, layer, old, new, groups)
         _move_outputs(model.graph, members, present, output)
-        bounds = [0, *accumulate(block.attention.kv_heads for block in members)]
-        groups[(names[0] or names[1])[0]] = {
-            "layers": list(layers),
-            "heads": [list(pair) for pair in pairwise(bounds)],
-            "past": names[0],
-            "present": names[1],
-        }
+        if entry.past or entry.present:
+            groups[(entry.past or entry.present)[0]] = entry.__dict__
     if groups:
         model.metadata_props[KV_GROUPS_KEY] = json.dumps(groups, sort_keys=True)
 
@@ -83,6 +78,36 @@ def group_inputs(graph: ir.Graph, members: Sequence[Block]) -> None:
 
 
 _Optional = ir.Value | None
+
+
+@dataclass
+class _Entry:
+    """One grouped cache, as the metadata describes it."""
+
+    layers: list[int]
+    heads: list[list[int]]
+    past: list[str]
+    present: list[str]
+
+    def add(
+        self, block: Block, layer: int, past: _Optional, present: _Optional, groups: dict[str, Any]
+    ) -> None:
+        """Append a member; a member that is a group itself brings its own members."""
+        present = present if present is not None and present.is_graph_output() else None
+        names = [value.name or "" for value in (past, present) if value is not None]
+        if not names:
+            return
+        start = self.heads[-1][1] if self.heads else 0
+        inner = groups.pop(names[0], None) or {
+            "layers": [layer],
+            "heads": [[0, block.attention.kv_heads]],
+            "past": [] if past is None else [past.name],
+            "present": [] if present is None else [present.name],
+        }
+        self.layers += inner["layers"]
+        self.heads += [[start + lo, start + hi] for lo, hi in inner["heads"]]
+        self.past += inner["past"]
+        self.present += inner["present"]
 
 
 def _pairs(

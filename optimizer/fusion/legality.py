@@ -258,14 +258,11 @@ def _weights(members: Sequence[Block]) -> str | None:
                 return f"weight '{name}' is shared with another node"
             if _ranks_differ(linear):
                 return f"the bias of '{name}' is not a vector of its width"
-        shares = (
-            (block.attention_norm, linears(block)[:3]),
-            (block.mlp_norm, linears(block)[4:-1]),
-        )
-        for norm, readers in shares:
-            for linear in readers:
-                if overflows(Affine.of(linear, norm)):
-                    return f"folding the norm's scale into '{linear.weight.name}' overflows float16"
+        q, k, v, _, *first, _ = linears(block)
+        readers = [(block.attention_norm, linear) for linear in (q, k, v)]
+        for norm, linear in (*readers, *((block.mlp_norm, linear) for linear in first)):
+            if overflows(Affine.of(linear, norm)):
+                return f"folding the norm's scale into '{linear.weight.name}' overflows float16"
     return _same(members, "weight types", lambda b: tuple(_type(w) for w in linears(b)))
 
 

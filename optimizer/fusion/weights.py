@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
 import onnx_ir as ir
 
 from optimizer.graph import add_initializer, const, constant, lazy, release
 from optimizer.structure import Linear, Norm
+
+_LARGEST = "optimizer.fusion.largest"
 
 
 @dataclass(frozen=True)
@@ -143,16 +144,22 @@ def unit_scale(graph: ir.Graph, like: ir.Value) -> ir.Value:
 
 
 def overflows(part: Affine) -> bool:
-    """Whether folding leaves the range of the weight's element type (float16 in practice).
+    """Whether folding leaves the range of the weight's element type.
 
-    Only 16-bit floats are read and checked: the product of two sane float32 numbers fits.
+    Only float16 weights are read and checked: products of sane float32 or bfloat16 numbers fit.
+    Each weight is read once, however often it is asked about.
     """
     tensor = constant(part.weight)
     if tensor is None or tensor.dtype is not ir.DataType.FLOAT16:
         return False
-    limit = float(np.finfo(np.float16).max)
-    arrays = (part.folded_weight(), part.folded_bias())
-    return any(bool(np.any(np.abs(array) > limit)) for array in arrays)
+    if _LARGEST not in part.weight.meta:
+        part.weight.meta[_LARGEST] = float(np.abs(_read(part.weight)).max(initial=0))
+    largest = float(part.weight.meta[_LARGEST])
+    scale = 1.0 if part.scale is None else float(np.abs(_read(part.scale)).max(initial=0))
+    shift = 0.0 if part.shift is None else float(np.abs(_read(part.shift)).sum(dtype=np.float64))
+    bias = 0.0 if part.bias is None else float(np.abs(_read(part.bias)).max(initial=0))
+    # Bounds of |scale W| and |b + shift W|.
+    return max(largest * scale, bias + shift * largest) > float(np.finfo(np.float16).max)
 
 
 def _biased(parts: Sequence[Affine]) -> bool:

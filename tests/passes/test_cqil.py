@@ -404,9 +404,7 @@ def test_automatic_partition_reports_similarity_and_path() -> None:
 def test_golden_case(case: Case) -> None:
     model = case.model()
     config = _config(case)
-    definition = Definition(
-        config, case.model(), [[0, 1]], case.options.get("bypass", "symmetric")
-    )
+    definition = Definition(config, case.model(), [[0, 1]], case.options.get("bypass", "symmetric"))
     apply(model, **case.options)
     assert golden_cases.text(model) == golden_cases.text(case.after)
     feed = models.feed(config, past=3)
