@@ -4,8 +4,8 @@
         [--tokens FILE.npz] [--stories260K DIR] [--minilm DIR] [--banking77 FILE.csv]
 
 Models:
-    stories12l   ships with the project. Text: rows that the model wrote itself, or ``--tokens`` with
-                 arrays calibration_input_ids, eval_input_ids [rows, length] and eval_valid
+    stories12l   ships with the project. Text: rows that the model wrote itself, or ``--tokens``,
+                 with arrays calibration_input_ids, eval_input_ids [rows, length] and eval_valid
                  (``eval_valid[n, t]``: predicting token t + 1 counts).
     stories260K  a LLaMA of 5 layers with the same tokenizer (``--stories260K``), on the same text.
     minilm       sentence-transformers' all-MiniLM-L6-v2 (``--minilm``, a Hugging Face folder), on
@@ -47,7 +47,7 @@ Feed = dict[str, np.ndarray]
 
 def _plain(activation: str, **options: Any) -> dict[str, Any]:
     """A scheme of the literature: weights to nearest, symmetric activations."""
-    base = {"shift": False, "asymmetric": False, "compensate": False}
+    base = {"shift": False, "asymmetric": False, "compensate": False, "margin": False}
     return {**base, **dict.fromkeys(EVERYWHERE, activation), **options}
 
 
@@ -160,7 +160,9 @@ def encoder(source: Path, folder: Path, table: Path, tests: int) -> Case:
             hidden = runner.run(feed)[runner.output_names[0]]
             mask = feed["attention_mask"][..., None]
             mean = (hidden * mask).sum(axis=1) / mask.sum(axis=1)
-            result.update(zip(part, mean / np.linalg.norm(mean, axis=1, keepdims=True), strict=True))
+            result.update(
+                zip(part, mean / np.linalg.norm(mean, axis=1, keepdims=True), strict=True)
+            )
         return np.array([result[i] for i in index])
 
     def accuracy(found: np.ndarray, centres: np.ndarray) -> float:
@@ -195,18 +197,23 @@ def run(case: Case, folder: Path, only: str) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {"fp32": case.measure(case.source, case.reference)}
     show("fp32", found["fp32"])
     for name, options in SCHEMES.items():
-        if only in name:
+        if name.startswith(only):
             path = folder / "ours.onnx"
             step = [("outliertune", options)]
             optimize(
-                case.source, step, output=path, calibration=case.calibration, verify="off", force=True
+                case.source,
+                step,
+                output=path,
+                calibration=case.calibration,
+                verify="off",
+                force=True,
             )
             found[name] = case.measure(path, case.reference)
             show(name, found[name])
     single = folder / "single.onnx"  # the peers do not follow weights in other files
     onnx.save(onnx.load(case.source), single)
     for name in PEERS:
-        if only in name:
+        if name.startswith(only):
             path = folder / "peer.onnx"
             reason = peers.make(name, single, case.calibration, path)
             found[name] = {"failed": reason} if reason else case.measure(path, case.reference)
@@ -247,7 +254,7 @@ def main() -> None:
     parser.add_argument("--minilm", type=Path, help="Hugging Face folder")
     parser.add_argument("--banking77", type=Path, help="CSV with columns text and category")
     parser.add_argument("--tests", type=int, default=600, help="sentences to measure on")
-    parser.add_argument("--only", default="", help="schemes with this in their name")
+    parser.add_argument("--only", default="", help="schemes that begin with this")
     parser.add_argument("--out", type=Path, default=HOME / "results" / "outliertune_accuracy.json")
     arguments = parser.parse_args()
     found = {}

@@ -14,11 +14,12 @@ Exactness:    approximate. Without the rounding the graph equals the original in
               rounding costs is in benchmarks/results/outliertune_accuracy.json.
 Cost:         a quarter of the weight bytes; per site one Q, and per token one reduction and two
               elementwise steps where there is no norm.
-Source:       OutlierTune (arXiv 2406.18832): steps 1 to 4 of section 3; alpha = 1 and shift give it.
-              SmoothQuant (arXiv 2211.10438): alpha = 0.5 without shift. Outlier Suppression+
-              (arXiv 2304.09145): the shift. GPTQ (arXiv 2210.17323): weights. Different from the
-              first: alpha per site by expected error, weights symmetric and compensated, and tokens
-              of one-sided activations use all codes.
+Source:       OutlierTune (arXiv 2406.18832), symmetrization and pre-executed dequantization: that is
+              alpha = 1 with shift. SmoothQuant (arXiv 2211.10438): alpha = 0.5 without shift. Outlier
+              Suppression+ (arXiv 2304.09145): the shift. GPTQ (arXiv 2210.17323): weights. Unlike
+              the first: alpha by expected error site by site, ranges wider than seen where held-out
+              data ask for it, symmetric and compensated weights, and tokens of one-sided
+              activations use all codes.
 """
 
 from __future__ import annotations
@@ -64,10 +65,16 @@ class Options(PassOptions):
     in_mlp: Activation = Field("per-token", description="The same, after an MLP's activation.")
     elsewhere: Activation = Field("per-token", description="The same, for all other layers.")
     asymmetric: bool = Field(
-        True, description="Per-token scales span from a token's lowest number, where that pays."
+        default=True,
+        description="Per-token scales span from a token's lowest number, where that pays.",
     )
     compensate: bool = Field(
-        True, description="Round weights so that their errors cancel on the calibration data."
+        default=True,
+        description="Round weights so that their errors cancel on the calibration data.",
+    )
+    margin: bool = Field(
+        default=True,
+        description="Make constant ranges wider than seen where that pays on held-out data.",
     )
     include: tuple[str, ...] = Field(
         (), description="Patterns of weights to quantize although they compute an output."
@@ -102,6 +109,7 @@ class Options(PassOptions):
             static=activation == "static",
             asymmetric=self.asymmetric,
             compensated=self.compensate,
+            margin=self.margin,
         )
 
 
@@ -111,7 +119,7 @@ class OutlierTune(GraphPass[Options]):
     name = "outliertune"
     exactness = Exactness.APPROXIMATE
     Options = Options
-    after = ("canonicalize", "cqil", "fuse-concurrent")
+    after = ("canonicalize", "cqil")
 
     def needs_calibration(self) -> bool:
         """Always: scales come from activations."""
@@ -243,6 +251,7 @@ def _facts(p: Plan, ratio: float) -> dict[str, Any]:
     }
     if p.scaling.scheme is Scheme.STATIC:
         facts["step"] = float(f"{p.scaling.step:.4g}")
+        facts["margin"] = p.scaling.margin
     if p.site.outside is not None:
         facts["scaled_by"] = f"Mul and Add: {p.site.outside}"
     return facts

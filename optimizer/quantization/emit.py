@@ -143,8 +143,8 @@ class Writer:
         norm = site.norm
         assert norm is not None  # noqa: S101 - the caller's condition
         s = 1.0 if scaling.scale is None else scaling.scale
+        gamma = np.asarray(graphs.const(norm.scale), np.float64) / s
         if scaling.scale is not None:
-            gamma = np.asarray(graphs.const(norm.scale), np.float64) / s
             norm.node.replace_input_with(1, self._vector(str(norm.scale.name), gamma))
         beta = None if norm.bias is None else np.asarray(graphs.const(norm.bias), np.float64)
         if norm.kind is NormKind.RMS:
@@ -156,7 +156,7 @@ class Writer:
             )
         if scaling.shift is None and (beta is None or scaling.scale is None):
             return x
-        shifted = 0.0 if beta is None else beta
+        shifted = np.zeros(len(gamma)) if beta is None else beta
         if scaling.shift is not None:
             shifted = shifted - scaling.shift
         name = f"{norm.scale.name}_bias" if norm.bias is None else str(norm.bias.name)
@@ -181,17 +181,17 @@ class Writer:
         """Rows divided by their reach, and the reach to multiply back."""
         name = site.name
         middle = None
+        reach = [self._reduce(anchor, "Max", x)]
         if scaling.scheme is Scheme.TOKEN:
-            reach = self._reduce(anchor, "Max", self._insert(anchor, "Abs", [x], f"{name}_abs", x))
-        else:
-            reach = self._reduce(anchor, "Max", x)
-        if scaling.scheme is Scheme.TOKEN_RANGE:
+            low = self._reduce(anchor, "Min", x)
+            reach.append(self._insert(anchor, "Neg", [low], f"{name}_depth", low))
+        elif scaling.scheme is Scheme.TOKEN_RANGE:
             low, half = self._reduce(anchor, "Min", x), self._number("half", 0.5)
-            total = self._insert(anchor, "Add", [reach, low], f"{name}_sum", reach)
-            middle = self._insert(anchor, "Mul", [total, half], f"{name}_middle", reach)
-            reach = self._insert(anchor, "Sub", [reach, middle], f"{name}_reach", reach)
-        floor = self._number("token_floor", scaling.floor)
-        gain = self._insert(anchor, "Max", [reach, floor], f"{name}_gain", reach)
+            total = self._insert(anchor, "Add", [reach[0], low], f"{name}_sum", low)
+            middle = self._insert(anchor, "Mul", [total, half], f"{name}_middle", low)
+            reach = [self._insert(anchor, "Sub", [reach[0], middle], f"{name}_reach", low)]
+        reach.append(self._number("token_floor", scaling.floor))
+        gain = self._insert(anchor, "Max", reach, f"{name}_gain", reach[0])
         source = x
         if middle is not None:
             x = self._insert(anchor, "Sub", [x, middle], f"{name}_centred", source)

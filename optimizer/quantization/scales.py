@@ -6,8 +6,8 @@ With x [K] one token of the input, W [K, N] all weights that read it, and q the 
     static:     codes = round(y / t), one number t for all tokens
     per token:  codes = round((y / r - c) * n), r one number for each token
 
-z is the middle of each channel's range (symmetrization, OutlierTune, arXiv 2406.18832, step 1), and
-s = max|x - z|^alpha / max|W|^(1 - alpha) (SmoothQuant, arXiv 2211.10438, equation 4). OutlierTune is
+z is the middle of each channel's range (symmetrization, OutlierTune, arXiv 2406.18832), and
+s = max|x - z|^alpha / max|W|^(1 - alpha) (SmoothQuant, arXiv 2211.10438, eq. 4). OutlierTune is
 alpha = 1, where y spans the same range in every channel, and t is made 1 by scaling s; SmoothQuant
 is alpha = 0.5 without z; no s at all is plain per-tensor or per-token quantization.
 
@@ -16,6 +16,10 @@ rounding errors are independent and uniform over a step (variance step^2 / 12):
 
     activations:  mean over tokens of (step of y)^2 / 12 * sum_k s_k^2 sum_n W_kn^2
     weights:      sum_n (step of column n of W')^2 / 12 * sum_k mean over tokens of y_k^2
+    saturation:   sum_k s_k^2 sum_n W_kn^2 * mean over tokens of max(|y_k| - q t, 0)^2
+
+Saturation (static only) is that of one half of the calibration data under the ranges of the other,
+and decides how much wider than seen the ranges are made.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from typing import Literal
 import numpy as np
 
 from optimizer.quantization.sites import Kind, Site
-from optimizer.quantization.statistics import InputStatistics
+from optimizer.quantization.statistics import Half, InputStatistics
 from optimizer.quantization.weights import top_code
 from optimizer.structure import NormKind
 
@@ -47,6 +51,8 @@ _COMPENSATED = 0.4
 _WORTH_A_STEP = 0.9
 _WORTH_A_RANGE = 0.75
 _ALPHAS = tuple(i / 10 for i in range(11))
+#: Ranges of constant scales, relative to what was seen.
+_MARGINS = (1.0, 1.05, 1.1, 1.2, 1.3, 1.5)
 _FLOORS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
 
 
@@ -75,6 +81,7 @@ class Policy:
     static: bool = True
     asymmetric: bool = True
     compensated: bool = True
+    margin: bool = True
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,7 @@ class Scaling:
         offset: c in steps, a whole number.
         floor: r is at least this.
         alpha: What ``scale`` was made with.
+        margin: Range that codes cover, relative to the range seen (static).
         error: Expected squared error of x W per token, relative to its mean square.
     """
 
@@ -98,6 +106,7 @@ class Scaling:
     offset: int = 0
     floor: float = 0.0
     alpha: float | None = None
+    margin: float = 1.0
     error: float = 0.0
 
     def apply(self, x: np.ndarray) -> np.ndarray:
@@ -126,11 +135,20 @@ def choose(
     return shifted if shifted.error < (1.0 if free else _WORTH_A_STEP) * plain.error else plain
 
 
-def centres(stats: InputStatistics) -> np.ndarray | None:
+def centres(stats: InputStatistics | Half) -> np.ndarray | None:
     """z: middle of every channel's range, None where all are 0."""
     centre = (stats.maximum + stats.minimum) / 2
     centre[np.abs(centre) <= CENTRE_NOISE * (stats.maximum - stats.minimum) / 2] = 0.0
     return centre if centre.any() else None
+
+
+def _reach(low: np.ndarray, high: np.ndarray, shift: np.ndarray | None) -> np.ndarray:
+    """Give every channel max |x - z|, at least a floor above 0."""
+    if shift is not None:
+        low, high = low - shift, high - shift
+    reach = np.maximum(np.abs(low), np.abs(high))
+    result: np.ndarray = np.maximum(reach, CHANNEL_FLOOR * (float(reach.max(initial=0.0)) or 1.0))
+    return result
 
 
 class _Search:
@@ -182,21 +200,60 @@ class _Search:
 
     def scaling(self, shift: np.ndarray | None, alpha: float | None) -> Scaling:
         """Everything that follows from a shift and an exponent."""
-        low, high = self.stats.minimum, self.stats.maximum
-        if shift is not None:
-            low, high = low - shift, high - shift
-        reach = np.maximum(np.abs(low), np.abs(high))
-        top = float(reach.max(initial=0.0)) or 1.0
-        reach = np.maximum(reach, CHANNEL_FLOOR * top)
-        scale = None
-        if alpha is not None:
-            scale = reach**alpha / self.largest ** (1 - alpha)
-            scale *= float((reach / scale).max()) / (self.q if self.policy.static else top)
-        base = Scaling(Scheme.STATIC, shift, scale, 1.0, alpha=alpha)
-        if self.policy.static:
-            base = replace(base, step=1.0 if scale is not None else top / self.q)
-            return replace(base, error=self.error(base, base.step**2))
-        return self.per_token(base, base.apply(self.rows), top)
+        reach = _reach(self.stats.minimum, self.stats.maximum, shift)
+        top = float(reach.max())
+        scale = self.scale(reach, alpha)
+        if not self.policy.static:
+            if scale is not None:
+                scale *= float((reach / scale).max()) / top
+            base = Scaling(Scheme.TOKEN, shift, scale, 1.0, alpha=alpha)
+            return self.per_token(base, base.apply(self.rows), top)
+        margin, lost = self.margin(shift, alpha, reach)
+        step = top * margin / self.q
+        if scale is not None:
+            scale *= float((reach / scale).max()) * margin / self.q
+            step = 1.0
+        base = Scaling(Scheme.STATIC, shift, scale, step, alpha=alpha, margin=margin)
+        return replace(base, error=self.error(base, step**2) + lost)
+
+    def scale(self, reach: np.ndarray, alpha: float | None) -> np.ndarray | None:
+        """Give s up to a common factor."""
+        if alpha is None:
+            return None
+        result: np.ndarray = reach**alpha / self.largest ** (1 - alpha)
+        return result
+
+    def margin(
+        self, shift: np.ndarray | None, alpha: float | None, reach: np.ndarray
+    ) -> tuple[float, float]:
+        """The margin of least rounding and saturation error, and the latter's relative energy."""
+        if not self.policy.margin:
+            return 1.0, 0.0
+        lost = np.zeros(len(_MARGINS))
+        for half, other in zip(self.stats.halves, self.stats.halves[::-1], strict=True):
+            if half.tokens and len(other.rows):
+                centre = None if shift is None else centres(half)
+                known = _reach(half.minimum, half.maximum, centre)
+                lost += self.saturation(known, alpha, centre, other.rows) / 2
+        scale = self.scale(reach, alpha)
+        s = np.ones_like(reach) if scale is None else scale
+        step = float((reach / s).max()) / self.q
+        rounding = step**2 / 12 * float((s**2 * self.row_energy).sum())
+        total = [rounding * m**2 + energy for m, energy in zip(_MARGINS, lost, strict=True)]
+        best = total.index(min(total))
+        return _MARGINS[best], float(lost[best]) / self.signal
+
+    def saturation(
+        self, known: np.ndarray, alpha: float | None, shift: np.ndarray | None, rows: np.ndarray
+    ) -> np.ndarray:
+        """Energy per token that rows lose in ranges known from others, for every margin."""
+        s = self.scale(known, alpha)
+        gain = np.ones_like(known) if s is None else s
+        y = np.abs(rows if shift is None else rows - shift) / gain
+        limit = float((known / gain).max())
+        energy = gain**2 * self.row_energy
+        beyond = [np.square(np.maximum(y - m * limit, 0.0)).mean(axis=0) for m in _MARGINS]
+        return np.array([float(part @ energy) for part in beyond])
 
     def per_token(self, base: Scaling, y: np.ndarray, top: float) -> Scaling:
         """Choose among the schemes with one scale per token."""
@@ -208,7 +265,7 @@ class _Search:
                 return scheme
         reach = np.maximum(high, -low)
         floor = TOKEN_FLOOR * top
-        result = replace(base, scheme=Scheme.TOKEN, step=1 / self.q, floor=floor)
+        result = replace(base, step=1 / self.q, floor=floor)
         energy = float(np.square(reach / self.q).mean())
         if self.policy.asymmetric and self.site.kind is Kind.MLP:
             both = float(np.square((high - low) / 2 / self.q).mean())

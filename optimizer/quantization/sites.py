@@ -103,7 +103,7 @@ def _linear_at(node: ir.Node) -> Linear | str | None:
     if node.op_type != "MatMul":
         return None
     left, right = operands(node)
-    if node_of(right, "DequantizeLinear"):
+    if node_of(right, "DequantizeLinear") or node_of(left, "DequantizeLinear"):
         return "already quantized"
     if right.is_initializer() and right.is_graph_input():
         return "its weight is a graph input, which the caller may override"
@@ -113,8 +113,6 @@ def _linear_at(node: ir.Node) -> Linear | str | None:
         return "its constant is the first factor" if constant else None
     if len(shape) != 2:
         return f"its weight has {len(shape)} dimensions, expected a matrix"
-    if node_of(left, "DequantizeLinear"):
-        return "its input is already quantized"
     return next((x for x in parts.linear_reading(left) if x.matmul is node), None)
 
 
@@ -239,7 +237,7 @@ def lower_bound(value: ir.Value) -> float | None:
 
 
 def _sigmoid_product(node: ir.Node) -> float | None:
-    """x * sigmoid(x) and x * sigmoid(1.702 x)."""
+    """Lower bound of x * sigmoid(x) and x * sigmoid(1.702 x)."""
     first, second = operands(node)
     for x, gate in ((first, second), (second, first)):
         sigmoid = node_of(gate, "Sigmoid")

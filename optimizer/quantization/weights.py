@@ -6,14 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: Share of the mean diagonal added to a covariance before it is inverted: the usual 1 % keeps it
+#: Share of the mean diagonal added to a covariance before it is inverted (as in GPTQ): keeps it
 #: positive definite where there are fewer sample rows than channels.
 DAMPING = 0.01
+#: Tokens of one sample are alike: this many count as one that was drawn by itself.
+ALIKE = 4
 _BLOCK = 128
 
 
 def top_code(bits: int) -> int:
-    """q = 2^(bits-1) - 1, the largest symmetric code."""
+    """Return q = 2^(bits-1) - 1, the largest symmetric code."""
     return int(2 ** (bits - 1)) - 1
 
 
@@ -33,7 +35,8 @@ class QuantizedWeight:
     def column_sums(self) -> np.ndarray:
         """[N] float64: sum over K of the numbers that the codes stand for."""
         total = self.codes.sum(axis=0, dtype=np.int64)
-        return total * self.scale.astype(np.float64)
+        result: np.ndarray = total * self.scale.astype(np.float64)
+        return result
 
     def dequantized(self) -> np.ndarray:
         """[K, N] float32."""
@@ -42,7 +45,7 @@ class QuantizedWeight:
 
 
 def column_scale(weight: np.ndarray, bits: int) -> np.ndarray:
-    """max |W| / q of every column, [N] float32; 1 for a column of zeros."""
+    """Give every column max |W| / q, [N] float32; 1 for a column of zeros."""
     top = np.abs(weight).max(axis=0, initial=0.0) / top_code(bits)
     scale = np.where(top > np.finfo(np.float32).tiny, top, 1.0)
     return scale.astype(np.float32)
@@ -95,13 +98,28 @@ class Compensation:
 
 
 def _inverse_factor(rows: np.ndarray) -> np.ndarray:
-    """U, upper triangular float32, with U'U = (rows' rows + damping)^-1."""
-    covariance = rows.T @ rows
-    covariance[np.diag_indices_from(covariance)] += DAMPING * np.mean(np.diag(covariance))
+    """U, upper triangular float32, with U'U = H^-1 and H the shrunk second moments of ``rows``."""
+    moments = rows.T @ rows / len(rows)
+    diagonal = np.diag(moments).copy()
+    moments *= 1 - shrinkage(rows, moments)
+    moments[np.diag_indices_from(moments)] = diagonal + DAMPING * diagonal.mean()
     # H = LL' of the channels in reversed order gives H^-1 = U'U without a second factorization.
-    inverse = _invert_lower(np.linalg.cholesky(covariance[::-1, ::-1]))
+    inverse = _invert_lower(np.linalg.cholesky(moments[::-1, ::-1]))
     result: np.ndarray = inverse[::-1, ::-1].astype(np.float32)
     return result
+
+
+def shrinkage(rows: np.ndarray, moments: np.ndarray) -> float:
+    """How much of what is off the diagonal of X'X / R is chance, from 0 to 1.
+
+    Ledoit and Wolf (2004), A well-conditioned estimator for large-dimensional covariance matrices,
+    lemma 3.3 and 3.4, with the diagonal as target: the variance of the entries over the rows, over
+    their squared distance to the target.
+    """
+    total = float(np.square(moments).sum())
+    chance = float(np.square(np.einsum("rk,rk->r", rows, rows)).mean()) - total
+    distance = total - float(np.square(np.diag(moments)).sum())
+    return 1.0 if distance <= 0 else min(1.0, max(0.0, chance) * ALIKE / len(rows) / distance)
 
 
 def _invert_lower(lower: np.ndarray) -> np.ndarray:
