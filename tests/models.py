@@ -77,7 +77,11 @@ class _Writer:
         outputs = [ir.Value(name=n) for n in names]
         self.nodes.append(
             ir.node(
-                op_type, inputs, attributes=attributes, outputs=outputs, name=f"n{self.count}_{op_type}"
+                op_type,
+                inputs,
+                attributes=attributes,
+                outputs=outputs,
+                name=f"n{self.count}_{op_type}",
             )
         )
         return outputs[0] if len(outputs) == 1 else outputs
@@ -109,10 +113,7 @@ def build(config: Config | None = None, **changes: Any) -> ir.Model:
     for i in range(c.layers if c.kv_cache else 0):
         shape: list[int | str] = ["batch", c.kv_heads, "past_sequence", c.head_dim]
         pasts.append(
-            [
-                _input(f"past_key_values.{i}.{t}", ir.DataType.FLOAT, shape)
-                for t in ("key", "value")
-            ]
+            [_input(f"past_key_values.{i}.{t}", ir.DataType.FLOAT, shape) for t in ("key", "value")]
         )
     for pair in pasts:
         inputs.extend(pair)
@@ -307,7 +308,13 @@ class _Layer:
 
 
 def feed(
-    config: Config, batch: int = 2, sequence: int = 5, past: int = 0, *, padded: bool = False, seed: int = 1
+    config: Config,
+    batch: int = 2,
+    sequence: int = 5,
+    past: int = 0,
+    *,
+    padded: bool = False,
+    seed: int = 1,
 ) -> dict[str, np.ndarray]:
     """Random inputs for a model of ``build``; ``padded`` masks the last two tokens of row 0."""
     rng = np.random.default_rng(seed)
