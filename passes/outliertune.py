@@ -14,11 +14,11 @@ Exactness:    approximate. Without the rounding the graph equals the original in
               rounding costs is in benchmarks/results/outliertune_accuracy.json.
 Cost:         a quarter of the weight bytes; per site one Q, and per token one reduction and two
               elementwise steps where there is no norm.
-Source:       OutlierTune (arXiv 2406.18832), symmetrization and pre-executed dequantization: that is
-              alpha = 1 with shift. SmoothQuant (arXiv 2211.10438): alpha = 0.5 without shift. Outlier
-              Suppression+ (arXiv 2304.09145): the shift. GPTQ (arXiv 2210.17323): weights. Unlike
-              the first: alpha by expected error site by site, ranges wider than seen where held-out
-              data ask for it, symmetric and compensated weights, and tokens of one-sided
+Source:       OutlierTune (arXiv 2406.18832), symmetrization and pre-executed dequantization: that
+              is alpha = 1 with shift. SmoothQuant (arXiv 2211.10438): alpha = 0.5 without shift.
+              Outlier Suppression+ (arXiv 2304.09145): the shift. GPTQ (arXiv 2210.17323): weights.
+              Unlike the first: alpha by expected error site by site, ranges wider than seen where
+              held-out data ask for it, symmetric and compensated weights, and tokens of one-sided
               activations use all codes.
 """
 
@@ -178,7 +178,7 @@ def plan(
             tensor = graphs.constant(linear.weight)
             if tensor is not None:
                 graphs.release(tensor)
-    return _without_lost_sources(plans), refused
+    return plans, refused
 
 
 def _fault(weights: list[np.ndarray], stats: InputStatistics) -> str | None:
@@ -189,22 +189,6 @@ def _fault(weights: list[np.ndarray], stats: InputStatistics) -> str | None:
     if not (np.isfinite(stats.minimum).all() and np.isfinite(stats.maximum).all()):
         return "its input is not finite on the calibration data"
     return None
-
-
-def _without_lost_sources(plans: list[Plan]) -> list[Plan]:
-    """Drop scales that were to be folded into a layer that is not quantized after all."""
-    written = {linear.matmul for p in plans for linear in p.site.linears}
-    kept = []
-    for p in plans:
-        source = p.site.source
-        lost = source is not None and source.matmul not in written
-        kept.append(p if not lost else Plan(_without_source(p.site), p.scaling, p.stats))
-    return kept
-
-
-def _without_source(site: Site) -> Site:
-    """The scales become a Mul before the site."""
-    return Site(site.name, site.kind, site.input, site.linears, site.norm, None, site.lower)
 
 
 def write(

@@ -29,7 +29,7 @@ from optimizer.quantization.weights import (
     signal_to_noise,
     top_code,
 )
-from optimizer.structure import Linear, NormKind
+from optimizer.structure import Linear
 
 _FLOAT = ir.DataType.FLOAT
 
@@ -128,8 +128,8 @@ class Writer:
         x = operand(anchor)
         if site.norm is not None:
             x = self._in_norm(site, scaling, x)
-        elif site.source is None:
-            x = self._explicit(scaling, x, anchor)
+        else:
+            x = self._explicit(site, scaling, x, anchor)
         if scaling.scheme is not Scheme.STATIC:
             return self._per_token(site, scaling, x, anchor)
         if self.rounding and self.bits < 8:  # int8 would saturate at more than the code's range
@@ -139,15 +139,16 @@ class Writer:
         return _Input(self._rounded(x, scaling.step, anchor, site.name))
 
     def _in_norm(self, site: Site, scaling: Scaling, x: ir.Value) -> ir.Value:
-        """Fold gamma / s and (beta - z) / s; an RMS norm gets its shift as an Add."""
+        """Fold gamma / s and (beta - z) / s; a norm that takes no bias gets its shift as an Add."""
         norm = site.norm
         assert norm is not None  # noqa: S101 - the caller's condition
         s = 1.0 if scaling.scale is None else scaling.scale
         gamma = np.asarray(graphs.const(norm.scale), np.float64) / s
         if scaling.scale is not None:
-            norm.node.replace_input_with(1, self._vector(str(norm.scale.name), gamma))
+            node, index = norm.scale_slot
+            node.replace_input_with(index, self._vector(str(norm.scale.name), gamma))
         beta = None if norm.bias is None else np.asarray(graphs.const(norm.bias), np.float64)
-        if norm.kind is NormKind.RMS:
+        if norm.bias_slot is None:
             if scaling.shift is None:
                 return x
             moved = self._vector(f"{site.name}_shift", -scaling.shift / s)
@@ -160,15 +161,15 @@ class Writer:
         if scaling.shift is not None:
             shifted = shifted - scaling.shift
         name = f"{norm.scale.name}_bias" if norm.bias is None else str(norm.bias.name)
-        if len(norm.node.inputs) < 3:
-            norm.node.resize_inputs(3)
-        norm.node.replace_input_with(2, self._vector(name, shifted / s))
+        node, index = norm.bias_slot
+        node.resize_inputs(max(index + 1, len(node.inputs)))
+        node.replace_input_with(index, self._vector(name, shifted / s))
         return x
 
-    def _explicit(self, scaling: Scaling, x: ir.Value, anchor: ir.Node) -> ir.Value:
-        """Mul and Add on the way into this site only."""
+    def _explicit(self, site: Site, scaling: Scaling, x: ir.Value, anchor: ir.Node) -> ir.Value:
+        """Mul and Add on the way into this site only; a source layer has scaled already."""
         name, source = x.name, x
-        if scaling.scale is not None:
+        if scaling.scale is not None and site.source is None:
             factor = self._vector(f"{name}_inverse_scale", 1 / scaling.scale)
             x = self._insert(anchor, "Mul", [x, factor], f"{name}_scaled", source)
         if scaling.shift is not None:

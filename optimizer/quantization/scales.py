@@ -35,10 +35,9 @@ import numpy as np
 from optimizer.quantization.sites import Kind, Site
 from optimizer.quantization.statistics import Half, InputStatistics
 from optimizer.quantization.weights import top_code
-from optimizer.structure import NormKind
 
-#: A channel's range counts as at least this part of the widest one: a channel that was silent
-#: during calibration must not saturate at the first number it shows.
+#: A channel's range counts as at least this part of the largest number of all channels: one that
+#: was silent or constant during calibration must not saturate at the first number it shows.
 CHANNEL_FLOOR = 1e-3
 #: A token's range counts as at least this part of the widest seen, so that no row is divided by 0.
 TOKEN_FLOOR = 1e-5
@@ -131,7 +130,7 @@ def choose(
     shifted = search.best(centre)
     if policy.shift is True:
         return shifted
-    free = site.norm is not None and site.norm.kind is NormKind.LAYER
+    free = site.norm is not None and site.norm.bias_slot is not None
     return shifted if shifted.error < (1.0 if free else _WORTH_A_STEP) * plain.error else plain
 
 
@@ -144,10 +143,10 @@ def centres(stats: InputStatistics | Half) -> np.ndarray | None:
 
 def _reach(low: np.ndarray, high: np.ndarray, shift: np.ndarray | None) -> np.ndarray:
     """Give every channel max |x - z|, at least a floor above 0."""
+    top = float(np.maximum(np.abs(low), np.abs(high)).max(initial=0.0)) or 1.0
     if shift is not None:
         low, high = low - shift, high - shift
-    reach = np.maximum(np.abs(low), np.abs(high))
-    result: np.ndarray = np.maximum(reach, CHANNEL_FLOOR * (float(reach.max(initial=0.0)) or 1.0))
+    result: np.ndarray = np.maximum(np.maximum(np.abs(low), np.abs(high)), CHANNEL_FLOOR * top)
     return result
 
 

@@ -13,6 +13,7 @@ from optimizer import block_parts as parts
 from optimizer import graph as graphs
 from optimizer.blocks import find_blocks
 from optimizer.nodes import by_constant, dims, node_of, operands
+from optimizer.norm_parts import norm as norm_of
 from optimizer.pass_base import Skip
 from optimizer.structure import Linear, Norm
 
@@ -165,7 +166,7 @@ def users_of(value: ir.Value) -> Iterator[ir.Node]:
 def _site(value: ir.Value, linears: tuple[Linear, ...], chosen: dict[ir.Value, Linear]) -> Site:
     matmuls = {linear.matmul for linear in linears}
     alone = not value.is_graph_output() and {use.node for use in value.uses()} <= matmuls
-    norm = parts.norm(value)
+    norm = norm_of(value)
     kind = _kind(value)
     source = _source(value, chosen) if alone else None
     outside = None
@@ -192,7 +193,7 @@ def _kind(value: ir.Value) -> Kind:
         node = node.inputs[0].producer()
     if node is None or node.domain != "":
         return Kind.OTHER
-    if parts.norm(node.outputs[0]) is not None:
+    if norm_of(node.outputs[0]) is not None:
         return Kind.NORM
     if node.op_type == "Attention":
         return Kind.ATTENTION
