@@ -62,7 +62,7 @@ def apply(
 def small(
     norm: str = "layer", width: int = 6, outputs: int = 5, *, seed: int = 0
 ) -> tuple[ir.Model, dict[str, np.ndarray]]:
-    """x -> norm -> two linear layers with outputs y0 and y1, and one-sided channels of all sizes."""
+    """A norm and two linear layers, y0 and y1, that read one-sided channels of all sizes."""
     rng = np.random.default_rng(seed)
     w = models._Writer()
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["n", width]))
@@ -263,7 +263,7 @@ def test_sites_and_their_schemes(name: str, options: dict[str, Any], schemes: li
     model = models.build(config)
     report = apply(model, calibration(model, config), **options)
     assert [s["scheme"] for s in report.details["sites"]][: len(schemes)] == schemes
-    assert [len(s["weights"]) for s in report.details["sites"]][0] >= 3
+    assert len(report.details["sites"][0]["weights"]) >= 3
     assert json.loads(json.dumps(report.details)) == report.details
 
 
