@@ -259,6 +259,10 @@ def _automatic(
     if path and not chosen:
         reason = f"the best group costs {path[0].damage:.4g} {meter.metric}, the budget is {limit}"
         plan.skipped.append(Skip("model", reason))
+    elif options.depth is not None and len(blocks) - len(chosen) > options.depth:
+        why = "legal group" if len(chosen) == len(path) else "group within the budget"
+        reason = f"depth {options.depth} is not reached: no further {why}"
+        plan.skipped.append(Skip("model", reason))
     plan.groups = best.groups
     plan.details = {
         "metric": meter.metric,

@@ -93,9 +93,7 @@ def fuse_group(
 
 def _stream(members: Sequence[Block]) -> ir.Value:
     """The stream before the group, read from the graph: the group before may have replaced it."""
-    stream = members[0].attention_norm.node.inputs[0]
-    assert stream is not None  # noqa: S101  (a norm has an input)
-    return stream
+    return members[0].attention_norm.source
 
 
 def _gain(linear: Linear, add: ir.Node) -> np.ndarray | None:

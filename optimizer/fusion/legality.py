@@ -14,7 +14,7 @@ import onnx_ir as ir
 from optimizer.fusion.shapes import mask_heads
 from optimizer.fusion.weights import Affine, overflows
 from optimizer.graph import const, constant
-from optimizer.structure import Block, Linear, Style
+from optimizer.structure import Block, Linear, NormKind, Style
 
 #: Metadata key of the Attention node of a group.
 GROUP_KEY = "optimize.group"
@@ -124,17 +124,13 @@ def _adjacent(members: Sequence[Block]) -> str | None:
 
 
 def _norms(members: Sequence[Block]) -> str | None:
+    for b in members:
+        norms = (b.attention_norm, b.mlp_norm, b.attention.q_norm, b.attention.k_norm)
+        if any(norm is not None and norm.kind is NormKind.TANH for norm in norms):
+            return f"layer {b.index}: a dynamic tanh, whose own alpha leaves no value to share"
     return (
-        _same(
-            members,
-            "kinds of norm",
-            lambda b: (b.attention_norm.kind, b.mlp_norm.kind),
-        )
-        or _same(
-            members,
-            "norm epsilons",
-            lambda b: (b.attention_norm.epsilon, b.mlp_norm.epsilon),
-        )
+        _same(members, "kinds of norm", lambda b: (b.attention_norm.kind, b.mlp_norm.kind))
+        or _same(members, "norm epsilons", lambda b: (b.attention_norm.epsilon, b.mlp_norm.epsilon))
         or _same(
             members,
             "norm precisions",
@@ -282,7 +278,7 @@ def nodes_of(block: Block) -> tuple[ir.Node, ...]:
     Found backwards from the output; masks, rotary tables, caches and shape arithmetic are not of
     the block.
     """
-    stream = block.attention_norm.node.inputs[0]
+    stream = block.attention_norm.source
     stop = {stream, block.attention.mask, *block.attention.node.inputs[3:]}
     nodes: dict[ir.Node, None] = {}
     stack = [block.output]

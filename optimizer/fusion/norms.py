@@ -9,7 +9,7 @@ import onnx_ir as ir
 from optimizer.fusion.weights import Affine, beside, overflows, unit_scale
 from optimizer.fusion.writer import Writer
 from optimizer.graph import remove_dead, replace_value
-from optimizer.structure import Linear, Norm
+from optimizer.structure import Linear, Norm, NormKind
 
 
 def fold_norm(graph: ir.Graph, norm: Norm, linears: Sequence[Linear]) -> str | None:
@@ -25,6 +25,8 @@ def fold_norm(graph: ir.Graph, norm: Norm, linears: Sequence[Linear]) -> str | N
     Returns:
         None, or why it was refused; then nothing has changed.
     """
+    if norm.kind is NormKind.TANH:
+        return "a dynamic tanh keeps its scale: without it, it is no longer told from an activation"
     matmuls = {id(linear.matmul) for linear in linears}
     for use in sorted(norm.output.uses(), key=lambda use: (use.node.name or "", use.idx)):
         if id(use.node) not in matmuls:

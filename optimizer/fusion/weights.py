@@ -137,10 +137,17 @@ def unit_scale(graph: ir.Graph, like: ir.Value) -> ir.Value:
     assert tensor is not None  # noqa: S101  (a norm's scale is an initializer)
     size = tensor.size
     name = f"unit_scale_{size}_{tensor.dtype.name.lower()}"
+    return shared(graph, name, np.ones(size, tensor.dtype.numpy()))
+
+
+def shared(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """The initializer ``name`` if it holds ``array`` already, else a new one."""
     found = graph.initializers.get(name)
-    if found is not None:
+    known = const(found)
+    same = known is not None and known.dtype == array.dtype and np.array_equal(known, array)
+    if found is not None and same:
         return found
-    return add_initializer(graph, name, np.ones(size, tensor.dtype.numpy()))
+    return add_initializer(graph, name, array)
 
 
 def overflows(part: Affine) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from optimizer.fusion.weights import shared
 from optimizer.graph import add_initializer, insert
 from optimizer.structure import Norm
 
@@ -60,10 +61,7 @@ class Writer:
     def integers(self, *numbers: int) -> ir.Value:
         """An int64 initializer [n], shared by everything that asks for the same numbers."""
         name = "int64_" + "_".join(str(n).replace("-", "m") for n in numbers)
-        found = self.graph.initializers.get(name)
-        if found is not None:
-            return found
-        return add_initializer(self.graph, name, np.array(numbers, np.int64))
+        return shared(self.graph, name, np.array(numbers, np.int64))
 
     def linear(self, x: ir.Value, tensors: Tensors, name: str) -> ir.Value:
         """``MatMul(x, W)``, and ``Add(y, b)`` where there is a bias."""

@@ -367,6 +367,13 @@ def test_depth_is_reached_whatever_the_damage() -> None:
     assert len(find_blocks(model).blocks) == 2
 
 
+def test_depth_that_cannot_be_reached_is_reported() -> None:
+    model = models.build(layers=4, epsilons=(1e-5, 1e-5, 1e-6, 1e-6))
+    report = apply(model, Context(calibration=calibration(model)), depth=1)
+    assert report.details["depth"] == [4, 2]
+    assert report.skipped[-1].reason == "depth 1 is not reached: no further legal group"
+
+
 def test_automatic_partition_is_no_worse_than_any_window_of_equal_depth() -> None:
     model = models.build(layers=5)
     data = calibration(model)
@@ -384,9 +391,10 @@ def test_automatic_partition_skips_illegal_groups_with_their_reason() -> None:
     model = models.build(layers=4, epsilons=(1e-5, 1e-5, 1e-6, 1e-6))
     report = apply(model, Context(calibration=calibration(model)), depth=1)
     assert groups_of(report) == [[0, 1], [2, 3]]
-    assert [(s.site, s.reason) for s in report.skipped] == [
-        ("layers 1-2", "layers 1 and 2 have different norm epsilons")
-    ]
+    assert (report.skipped[0].site, report.skipped[0].reason) == (
+        "layers 1-2",
+        "layers 1 and 2 have different norm epsilons",
+    )
 
 
 def test_automatic_partition_reports_similarity_and_path() -> None:
