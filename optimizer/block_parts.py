@@ -12,9 +12,9 @@ import onnx_ir as ir
 
 from optimizer import graph as graphs
 from optimizer.nodes import dims, node_of, operands, other, users
-from optimizer.structure import Attention, Linear, Mlp, Norm, NormKind
+from optimizer.norm_parts import NORMS, norm
+from optimizer.structure import Attention, Linear, Mlp, Norm
 
-_NORMS = {"LayerNormalization": NormKind.LAYER, "RMSNormalization": NormKind.RMS}
 _ROUTING = frozenset({"TopK", "NonZero", "ScatterND", "GatherElements", "ScatterElements"})
 _UNARY = frozenset(
     {
@@ -97,31 +97,6 @@ def before_quantization(value: ir.Value) -> ir.Value:
     return value if source is None else source
 
 
-def norm(output: ir.Value) -> Norm | None:
-    """The normalization over the last axis whose result is ``output``."""
-    node = output.producer()
-    if node is None or node.domain != "" or node.op_type not in _NORMS or output.index() != 0:
-        return None
-    source, scale = node.inputs[0], node.inputs[1]
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if source is None or scale is None or graphs.constant(scale) is None:
-        return None
-    if bias is not None and graphs.constant(bias) is None:
-        return None
-    if node.attributes.get_int("axis", -1) != -1:
-        return None
-    epsilon = node.attributes.get_float("epsilon", 1e-5)
-    return Norm(node, _NORMS[node.op_type], source, scale, bias, output, float(epsilon))
-
-
-def is_dynamic_tanh(value: ir.Value) -> bool:
-    """Whether ``value`` is gamma * tanh(alpha * x) + beta (Zhu et al., 2025)."""
-    add = node_of(value, "Add")
-    scaled = None if add is None else _branch_input(add)
-    scale = None if scaled is None else node_of(scaled, "Mul")
-    return scale is not None and node_of(_branch_input(scale), "Tanh") is not None
-
-
 @dataclass(frozen=True)
 class Branch:
     """What one side of a residual add went through between its last projection and the add.
@@ -139,7 +114,7 @@ def _between(node: ir.Node, value: ir.Value, where: str) -> str | None:
     """Why a node after a projection is not plain; None if it does not belong to the branch."""
     if node.domain != "":
         return None
-    if node.op_type in _NORMS:
+    if node.op_type in NORMS:
         return f"norm after {where}"
     if node.op_type in ("Mul", "Div"):
         shape = dims(other(node, value))
@@ -367,7 +342,7 @@ def routes_experts(end: ir.Value) -> bool:
             continue
         if node.op_type in _ROUTING:
             return True
-        if node.op_type in _NORMS:
+        if norm(node.outputs[0]) is not None:
             continue
         seen.add(node)
         pending.extend(v for v in node.inputs if v is not None)

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from optimizer import block_parts as parts
 from optimizer.nodes import node_of, operands, other, users
+from optimizer.norm_parts import norm, norms_reading
 from optimizer.structure import (
     Attention,
     Block,
@@ -146,10 +147,8 @@ def _tail(attention: Attention, branch: parts.Branch, add: ir.Node) -> _Tail | s
     rest = other(add, branch.end)
     if rest is source:
         return _post_norm(add, source)
-    before = parts.norm(source)
+    before = norm(source)
     if before is None:
-        if parts.is_dynamic_tanh(source):
-            return "a dynamic tanh stands in the place of the norm before the attention"
         return "no norm before the attention, and its input is not the residual stream"
     stream = before.input
     if rest is stream:
@@ -209,7 +208,7 @@ def _joined(before: Norm, add: ir.Node, rest: ir.Value) -> _Tail | str:
 def _post_norm(add: ir.Node, source: ir.Value) -> _Tail | str:
     """``h = n1(x + a)``, ``y = n2(h + mlp(h))``."""
     reason = "no norm after the attention's sum"
-    for first in _norms_of(add.outputs[0]):
+    for first in norms_reading(add.outputs[0]):
         hidden = first.output
         reason = "no MLP adds to the stream after the attention"
         for second in users(hidden, "Add"):
@@ -221,24 +220,16 @@ def _post_norm(add: ir.Node, source: ir.Value) -> _Tail | str:
             if parts.before_quantization(mlp.up.input) is not hidden:
                 reason = "the MLP reads another value than the stream"
                 continue
-            last = next(_norms_of(second.outputs[0]), None)
+            last = next(norms_reading(second.outputs[0]), None)
             if last is None:
                 reason = "no norm after the MLP's sum"
                 continue
             return _Tail(
                 Style.POST_NORM, hidden, last.output, first, last, mlp, add, second, extras
             )
-    if reason == "no norm after the attention's sum" and parts.norm(source) is None:
+    if reason == "no norm after the attention's sum" and norm(source) is None:
         return "neither a norm before the attention nor one after its sum"
     return reason
-
-
-def _norms_of(value: ir.Value) -> Iterator[Norm]:
-    for op_type in ("LayerNormalization", "RMSNormalization"):
-        for node in users(value, op_type):
-            found = parts.norm(node.outputs[0])
-            if found is not None and found.input is value:
-                yield found
 
 
 def _mlp_branch(end: ir.Value) -> tuple[Mlp, Norm | None, tuple[str, ...]] | str:
@@ -251,4 +242,4 @@ def _mlp_branch(end: ir.Value) -> tuple[Mlp, Norm | None, tuple[str, ...]] | str
     mlp = parts.mlp(down)
     if isinstance(mlp, str):
         return mlp
-    return mlp, parts.norm(parts.before_quantization(mlp.up.input)), extras
+    return mlp, norm(parts.before_quantization(mlp.up.input)), extras

@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import onnx_ir as ir
 
 
 class NormKind(enum.Enum):
-    """LayerNormalization or RMSNormalization, over the last axis."""
+    """What stands in the place of a norm.
+
+    LAYER, RMS: LayerNormalization or RMSNormalization over the last axis.
+    TANH: dynamic tanh, ``scale * tanh(alpha * x) + bias`` (Zhu et al., 2025, arXiv 2503.10622,
+        eq. 1): no statistics, so it works element by element.
+    """
 
     LAYER = "layer"
     RMS = "rms"
+    TANH = "dynamic tanh"
 
 
 class Style(enum.Enum):
@@ -53,13 +60,28 @@ class Linear:
     output: ir.Value
 
 
+class Slot(NamedTuple):
+    """One input of one node: where a value is read and may be replaced."""
+
+    node: ir.Node
+    position: int
+
+
 @dataclass(frozen=True)
 class Norm:
-    """A normalization over the last axis.
+    """A normalization over the last axis, of one node or (dynamic tanh) of several.
 
     Attributes:
+        node: The node that reads ``input``: the normalization itself; of a dynamic tanh the Mul by
+            alpha, or the Tanh where alpha is 1 and the Mul is left out.
         scale: Initializer [D] (gamma).
         bias: Initializer [D] (beta), or None (always None for RMS).
+        epsilon: Added to the variance or mean square; 0 for a dynamic tanh, which has neither.
+        reads: Where ``input`` is read.
+        scale_slot: Where ``scale`` is read; nothing but this norm's output depends on it.
+        bias_slot: The same for ``bias``. The slot of a LayerNormalization without bias lies past
+            its inputs. None: the norm cannot take a bias without one more node.
+        alpha: What a dynamic tanh multiplies its input by; 1 for the others.
     """
 
     node: ir.Node
@@ -69,6 +91,17 @@ class Norm:
     bias: ir.Value | None
     output: ir.Value
     epsilon: float
+    reads: Slot
+    scale_slot: Slot
+    bias_slot: Slot | None
+    alpha: float = 1.0
+
+    @property
+    def source(self) -> ir.Value:
+        """What the norm reads now: another value than ``input`` where a rewrite has replaced it."""
+        value = self.reads.node.inputs[self.reads.position]
+        assert value is not None  # noqa: S101  (a norm has an input)
+        return value
 
 
 @dataclass(frozen=True)

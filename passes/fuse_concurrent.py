@@ -226,8 +226,7 @@ def _stack(graph: ir.Graph, block: Block, judge: _Judge, log: _Log) -> None:
     if log.takes(f"layer {block.index}", reason or _reason(pair) or judge.stacking(pair)):
         name = f"layers.{block.index}"
         total = pack_stacked(graph, pair, last, name)
-        x = block.attention_norm.node.inputs[0]  # the block before may have been stacked
-        assert x is not None  # noqa: S101  (a norm has an input)
+        x = block.attention_norm.source  # the block before may have been stacked
         y = insert(graph, last, "Add", [x, total], name=f"{name}/output", dtype=x.dtype)
         replace_value(block.output, y, keep_name=True)
         remove_dead(graph)

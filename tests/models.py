@@ -25,7 +25,7 @@ class Config:
     ffn: tuple[int, ...] | int = 24
     vocab: int = 50
     style: str = "pre-norm"  # "pre-norm" | "post-norm" | "parallel" | "parallel-two-norms"
-    norm: str = "rms"  # "rms" | "layer"
+    norm: str = "rms"  # "rms" | "layer" | "tanh" (dynamic tanh)
     gated: bool = True
     activation: str = "silu"  # "silu" | "gelu" | "gelu-tanh" | "relu" | "quick-gelu"
     bias: bool = False
@@ -193,6 +193,10 @@ def _norm(
     if c.norm == "rms":
         return w.op("RMSNormalization", [x, scale], f"{name}.out", axis=-1, epsilon=epsilon)
     bias = w.const(f"{name}.bias", rng.normal(0, 0.2, c.hidden).astype(np.float32))
+    if c.norm == "tanh":
+        alpha = w.const(f"{name}.alpha", np.array(rng.uniform(0.2, 0.8), np.float32))
+        y = w.op("Tanh", [w.op("Mul", [x, alpha])])
+        return w.op("Add", [w.op("Mul", [y, scale]), bias], f"{name}.out")
     return w.op("LayerNormalization", [x, scale, bias], f"{name}.out", axis=-1, epsilon=epsilon)
 
 
