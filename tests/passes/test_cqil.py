@@ -193,6 +193,8 @@ REFUSES: list[tuple[str, dict[str, Any], Callable[[ir.Model], None] | None, str]
         "post-norm: each layer normalizes the residual stream itself, so layers that run side by "
         "side cannot be added up exactly",
     ),
+    ("dynamic tanh", {"norm": "tanh"}, None,
+     "layer 0: a dynamic tanh, whose own alpha leaves no value to share"),
     ("epsilon", {"epsilons": (1e-5, 1e-6)}, None, "layers 0 and 1 have different norm epsilons"),
     ("shared weight", {"shared_weights": True}, None,
      "weight 'shared.q.weight' is shared with another node"),
