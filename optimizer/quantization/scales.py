@@ -109,11 +109,9 @@ class Scaling:
     error: float = 0.0
 
     def apply(self, x: np.ndarray) -> np.ndarray:
-        """Return y of rows [..., K]."""
-        y = x.astype(np.float64)
-        if self.shift is not None:
-            y = y - self.shift
-        return y if self.scale is None else y / self.scale
+        """Return y of rows [..., K], in the precision of x."""
+        y = x if self.shift is None else x - self.shift.astype(x.dtype)
+        return y if self.scale is None else y * (1 / self.scale).astype(x.dtype)
 
 
 def choose(
@@ -162,11 +160,11 @@ class _Search:
     ) -> None:
         self.site, self.stats, self.weights, self.policy = site, stats, weights, policy
         self.q = top_code(policy.bits)
-        self.rows = stats.rows.astype(np.float64)
+        self.rows = stats.rows
         self.row_energy = sum(np.einsum("kn,kn->k", w, w, dtype=np.float64) for w in weights)
         largest = np.max([np.abs(w).max(axis=1) for w in weights], axis=0)
         self.largest = np.maximum(largest.astype(np.float64), 1e-5)
-        signal = sum(float(np.square(stats.rows @ w).mean(axis=0).sum()) for w in weights)
+        signal = sum(float(np.square(self.rows @ w).mean(axis=0).sum()) for w in weights)
         self.signal = max(signal, 1e-30)
 
     @property
@@ -248,10 +246,12 @@ class _Search:
         """Energy per token that rows lose in ranges known from others, for every margin."""
         s = self.scale(known, alpha)
         gain = np.ones_like(known) if s is None else s
-        y = np.abs(rows if shift is None else rows - shift) / gain
-        limit = float((known / gain).max())
+        y = np.abs(Scaling(Scheme.STATIC, shift, s, 1.0).apply(rows))
+        limit = (known / gain).max().astype(rows.dtype)
         energy = gain**2 * self.row_energy
-        beyond = [np.square(np.maximum(y - m * limit, 0.0)).mean(axis=0) for m in _MARGINS]
+        beyond = [
+            np.square(np.maximum(y - np.float32(m) * limit, 0)).mean(axis=0) for m in _MARGINS
+        ]
         return np.array([float(part @ energy) for part in beyond])
 
     def per_token(self, base: Scaling, y: np.ndarray, top: float) -> Scaling:

@@ -110,11 +110,19 @@ def _linear_at(node: ir.Node) -> Linear | str | None:
         return "its weight is a graph input, which the caller may override"
     shape = dims(right)
     if shape is None:
-        constant = graphs.constant(left) is not None
-        return "its constant is the first factor" if constant else None
+        return _constant_elsewhere(left, right)
     if len(shape) != 2:
         return f"its weight has {len(shape)} dimensions, expected a matrix"
     return next((x for x in parts.linear_reading(left) if x.matmul is node), None)
+
+
+def _constant_elsewhere(left: ir.Value, right: ir.Value) -> str | None:
+    if graphs.constant(left) is not None:
+        return "its constant is the first factor"
+    transpose = node_of(right, "Transpose")
+    if transpose is not None and graphs.constant(transpose.inputs[0]) is not None:
+        return "its weight is used elsewhere too, and transposed for this layer"
+    return None
 
 
 def _refusal(linear: Linear, choice: Choice, *, transformer: bool) -> str | None:

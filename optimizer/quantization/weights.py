@@ -70,10 +70,9 @@ class Compensation:
 
     def __init__(self, rows: np.ndarray) -> None:
         """Factorize the covariance of ``rows`` [R, K], the inputs that the product will see."""
-        wide = rows.astype(np.float64)
-        energy = np.einsum("rk,rk->k", wide, wide)
+        energy = np.einsum("rk,rk->k", rows, rows)
         self._order = np.argsort(-energy, kind="stable")
-        self._factor = _inverse_factor(wide[:, self._order]) if energy.any() else None
+        self._factor = _inverse_factor(rows[:, self._order]) if energy.any() else None
 
     def round(self, weight: np.ndarray, bits: int) -> QuantizedWeight:
         """Round one input channel of ``weight`` [K, N] after the other."""
@@ -104,7 +103,9 @@ def _inverse_factor(rows: np.ndarray) -> np.ndarray:
     moments *= 1 - shrinkage(rows, moments)
     moments[np.diag_indices_from(moments)] = diagonal + DAMPING * diagonal.mean()
     # H = LL' of the channels in reversed order gives H^-1 = U'U without a second factorization.
-    inverse = _invert_lower(np.linalg.cholesky(moments[::-1, ::-1]))
+    # In float64: the damping makes H positive definite, but not always in float32.
+    lower = np.linalg.cholesky(moments[::-1, ::-1].astype(np.float64))
+    inverse = _invert_lower(lower.astype(rows.dtype))
     result: np.ndarray = inverse[::-1, ::-1].astype(np.float32)
     return result
 
