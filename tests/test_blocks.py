@@ -18,6 +18,8 @@ STYLES = {
     "parallel-two-norms": Style.PARALLEL,
 }
 LAYER_NORM = {"norm": "layer", "gated": False, "bias": True, "rotary": False}
+TANH = {"norm": "tanh"}
+KINDS = {"layer": NormKind.LAYER, "rms": NormKind.RMS, "tanh": NormKind.TANH}
 
 
 def node(model: ir.Model, output: str) -> ir.Node:
@@ -30,7 +32,7 @@ def value(model: ir.Model, name: str) -> ir.Value:
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("changes", [{}, LAYER_NORM, {"kv_cache": True}], ids=str)
+@pytest.mark.parametrize("changes", [{}, LAYER_NORM, TANH, {"kv_cache": True}], ids=str)
 def test_finds_every_layer_of(style: str, changes: dict[str, object]) -> None:
     model = models.build(layers=3, style=style, **changes)
     structure = find_blocks(model)
@@ -44,7 +46,7 @@ def test_finds_every_layer_of(style: str, changes: dict[str, object]) -> None:
         assert block.hidden_size == 32
         assert (block.attention_norm == block.mlp_norm) == (style == "parallel")
         assert (block.mlp.gate is not None) == ("gated" not in changes)
-        norm = NormKind.LAYER if "norm" in changes else NormKind.RMS
+        norm = KINDS[str(changes.get("norm", "rms"))]
         assert block.attention_norm.kind is block.mlp_norm.kind is norm
 
 
@@ -82,9 +84,10 @@ def test_names_the_activation(activation: str, gated: bool) -> None:
     assert {b.mlp.activation for b in find_blocks(model).blocks} == {activation}
 
 
+@pytest.mark.parametrize("norm", ["rms", "tanh"])
 @pytest.mark.parametrize("style", STYLES)
-def test_operands_of_additions_come_in_either_order(style: str) -> None:
-    model = models.build(style=style, bias=True)
+def test_operands_of_additions_come_in_either_order(style: str, norm: str) -> None:
+    model = models.build(style=style, norm=norm, bias=True)
     expected = [(b.input.name, b.output.name) for b in find_blocks(model).blocks]
     for add in [n for n in model.graph if n.op_type in ("Add", "Mul")]:
         first, second = add.inputs
