@@ -16,6 +16,7 @@ import onnx_ir as ir
 from optimizer import graph as graphs
 from optimizer.legalize import decompose, int8
 from optimizer.legalize.mask_proof import cuts_tokens, find_roles
+from optimizer.nodes import by_constant
 from optimizer.pass_base import Skip
 from optimizer.raising.dims import Shape
 from optimizer.raising.shapes import Shapes
@@ -96,9 +97,8 @@ def spell_row_scales(model: ir.Model) -> int:
     for node in list(model.graph):
         if node.op_type != "Div" or node.domain != "":
             continue
-        user = graphs.only_user(node.outputs[0])
         x, scale = node.inputs
-        if user is None or user.op_type != "QuantizeLinear" or x is None or scale is None:
+        if x is None or scale is None or not _is_quantized(node.outputs[0]):
             continue
         wide, narrow = shapes.of(x), shapes.of(scale)
         if wide is None or narrow is None or narrow[-1:] != (1,) or wide[-1:] == (1,):
@@ -111,6 +111,14 @@ def spell_row_scales(model: ir.Model) -> int:
         node.replace_input_with(1, inverse)
         count += 1
     return count
+
+
+def _is_quantized(value: ir.Value) -> bool:
+    """Whether nothing but a QuantizeLinear reads ``value``, perhaps after a shift."""
+    user = graphs.only_user(value)
+    if user is not None and user.op_type in ("Add", "Sub") and by_constant(user) is not None:
+        user = graphs.only_user(user.outputs[0])
+    return user is not None and user.op_type == "QuantizeLinear"
 
 
 def spell_residuals(model: ir.Model) -> int:
