@@ -56,9 +56,12 @@ def legalize(
     wanted = _opset(model, chosen, opset)
     counts: dict[str, int] = {}
     skipped: list[Skip] = []
+    fast_cpu = chosen.quantization is Quantization.U8S8_CONTRIB
+    if fast_cpu:  # first: it asks for shapes, which the standard operators answer
+        counts["row scale"] = ort_cpu.spell_row_scales(model)
     if kv_cache == "in-place":
         counts["kv cache in place"] = kv_in_place.lower(model)
-    if chosen.quantization is Quantization.U8S8_CONTRIB:
+    if fast_cpu:
         lowered = ort_cpu.lower(model)
         counts.update(lowered.counts)
         skipped.extend(lowered.skipped)

@@ -38,11 +38,9 @@ class Lowered:
 
 def lower(model: ir.Model) -> Lowered:
     """Rewrite ``model`` in place."""
-    # These ask for shapes, which the standard operators of the canonical graph answer.
     counts = {
         "causal attention": spell_causal_attention(model),
         "attention mask": widen_masks(model),
-        "row scale": spell_row_scales(model),
     }
     counts["int8 product"], skipped = int8.lower(model)
     counts["residual add"] = spell_residuals(model)

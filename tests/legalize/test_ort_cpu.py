@@ -93,6 +93,13 @@ def test_a_padding_mask_gets_its_query_rows_once_for_all_layers():
     assert np.array_equal(OrtRunner(model).run(feed)["logits"][0, :-2], padded[0, :-2])
 
 
+@pytest.mark.parametrize("kv_cache", ["append", "in-place"])
+def test_rows_are_scaled_by_multiplication_whatever_the_cache(kv_cache):
+    model = models.build(kv_cache=True)
+    quantized.quantize(model, per_token=("down", ".o."))
+    assert legalize(model, "ort-cpu", kv_cache=kv_cache).details["rewrites"]["row scale"] == 4
+
+
 @pytest.mark.parametrize("centred", [False, True])
 def test_rows_are_scaled_by_multiplication_and_raised_to_division(centred):
     config = models.Config(kv_cache=True, gated=False, activation="relu")
