@@ -13,8 +13,8 @@ Exactness:    reassociated: the sums of "stack" are ordered differently; "pack" 
 Cost:         pack: n - 1 MatMul nodes and their Adds less, one Split more, which copies every
               output once. stack: one MatMul and one Add less, one Concat more. With ONNX Runtime
               on the CPU and one thread a MatMul node costs hardly more than one more output of
-              Split, so only linears with biases gain: 7 to 15 % of their time at one token for
-              three to five linears of 64 to 128 columns, nothing from 128 tokens on, where the
+              Split, so only linears with biases gain: 2 to 17 % of their time at one token for
+              three to five linears of 64 to 256 columns; at 128 tokens packing loses, because the
               copies cost more (benchmarks/results/fuse_concurrent.json).
 Source:       block matrix multiplication; cost model fitted to benchmarks/cqil.py packing.
 """
