@@ -24,7 +24,9 @@ RULES: dict[str, tuple[int, Callable[[decompose.Pen], None]]] = {
     "Gelu": (20, decompose.gelu),
 }
 #: Operators whose meaning, not only their signature, changed at that opset.
-_CHANGED = {"GroupNormalization": 21, "AveragePool": 19, "LpPool": 22, "MaxPool": 22}
+_CHANGED = {"GroupNormalization": 21}
+#: Pooling with ceil_mode counts its windows differently before; without, it means the same.
+_CEIL_FIXED = {"AveragePool": 19, "LpPool": 22, "MaxPool": 22}
 
 
 def lower(model: ir.Model, opset: int) -> int:
@@ -48,7 +50,10 @@ def lower(model: ir.Model, opset: int) -> int:
         if node.domain == "":
             reason = _problem(node, own, opset)
             if reason is not None:
-                msg = f"--opset {opset}: node '{node.name}': {reason}; choose a higher opset"
+                msg = (
+                    f"opset {opset}: node '{node.name}': {reason}; "
+                    "choose a higher --opset, or a --target that takes one"
+                )
                 raise UnsupportedError(msg)
             node.version = None
     model.graph.opset_imports[""] = opset
@@ -72,6 +77,8 @@ def _problem(node: ir.Node, own: int, opset: int) -> str | None:
         return None
     if old.since_version < _CHANGED.get(name, 0):
         return f"{name} means something else before opset {_CHANGED[name]}"
+    if old.since_version < _CEIL_FIXED.get(name, 0) and node.attributes.get_int("ceil_mode", 0):
+        return f"{name} with ceil_mode means something else before opset {_CEIL_FIXED[name]}"
     for key, attribute in list(node.attributes.items()):
         if key in old.attributes:
             continue

@@ -150,6 +150,38 @@ def test_an_operator_newer_than_the_opset_is_refused_by_name():
         legalize(model, "ort-cpu", opset=20)
 
 
+def _pool(op_type: str, **attributes) -> ir.Model:
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1, 2, 7, 6]))
+    graph = ir.Graph([x], [], nodes=[], opset_imports={"": 23}, name="g")
+    attributes = {"kernel_shape": [2, 3], "strides": [2, 2], **attributes}
+    y = graphs.insert(
+        graph, None, op_type, [x], attributes, name="y", dtype=ir.DataType.FLOAT,
+        shape=[1, 2, "h", "w"],
+    )  # fmt: skip
+    graph.outputs.append(y)
+    return ir.Model(graph, ir_version=10)
+
+
+@pytest.mark.parametrize("op_type", ["MaxPool", "AveragePool", "LpPool"])
+def test_pooling_is_lowered(op_type):
+    model = _pool(op_type)
+    feed = {"x": np.random.default_rng(0).normal(size=(1, 2, 7, 6)).astype(np.float32)}
+    (before,) = OrtRunner(model).run(feed).values()
+    legalize(model, "ort-cpu", opset=18)
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    (after,) = OrtRunner(model).run(feed).values()
+    # Each version has its own kernel: sums of six numbers of size one in another order.
+    np.testing.assert_allclose(after, before, atol=1e-6)
+
+
+@pytest.mark.parametrize(("op_type", "opset"), [("MaxPool", 22), ("AveragePool", 19)])
+def test_pooling_that_counts_its_windows_otherwise_is_refused(op_type, opset):
+    model = _pool(op_type, ceil_mode=1)
+    reason = f"{op_type} with ceil_mode means something else before opset {opset}"
+    with pytest.raises(UnsupportedError, match=reason):
+        legalize(model, "ort-cpu", opset=18)
+
+
 def test_an_opset_the_target_does_not_take_is_refused():
     with pytest.raises(OptionError, match="takes 18 to 20"):
         legalize(models.build(), "tensorrt-10", opset=23)
