@@ -130,6 +130,10 @@ TARGETS: dict[str, Target] = {
 
 DEFAULT_TARGET = "ort-cpu"
 
+#: Key of the model's metadata under which a form of the KV cache other than "append" is declared,
+#: as JSON: "form", "buffers" (past input -> present output), "layout", "padding", ...
+KV_CACHE_KEY = "optimize.kv_cache"
+
 
 def get_target(name: str) -> Target:
     """The target called ``name``.

@@ -26,8 +26,8 @@ from optimizer import graph as graphs
 from optimizer.errors import UnsupportedError
 from optimizer.legalize.int8 import CONTRIB
 from optimizer.legalize.mask_proof import Roles, Window, find_roles, prove
+from optimizer.targets import KV_CACHE_KEY
 
-METADATA_KEY = "optimize.kv_cache"
 #: Name of the sequence dimension of the buffers.
 MAX_LENGTH = "max_length"
 #: ONNX Runtime's kernel refuses other head sizes.
@@ -252,4 +252,4 @@ def _declare(
         "chunked_prefill": "batch 1",
         "windows": [site.window.size for site in sites],
     }
-    model.metadata_props[METADATA_KEY] = json.dumps(facts)
+    model.metadata_props[KV_CACHE_KEY] = json.dumps(facts)

@@ -15,8 +15,8 @@ import onnx_ir as ir
 
 from optimizer.errors import CalibrationError, ModelError
 from optimizer.runners.ort import OrtRunner, import_onnxruntime
+from optimizer.targets import KV_CACHE_KEY
 
-METADATA_KEY = "optimize.kv_cache"
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64,
            "tensor(int32)": np.int32}  # fmt: skip
 
@@ -52,9 +52,9 @@ class DecodeSession:
         """
         self._session = OrtRunner(model, threads=threads, optimize=optimize).session
         if isinstance(model, ir.Model):
-            facts = model.metadata_props.get(METADATA_KEY)
+            facts = model.metadata_props.get(KV_CACHE_KEY)
         else:
-            facts = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+            facts = self._session.get_modelmeta().custom_metadata_map.get(KV_CACHE_KEY)
         self.form: str = "append" if facts is None else json.loads(facts)["form"]
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
