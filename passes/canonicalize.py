@@ -20,6 +20,7 @@ from optimizer.pass_base import Context, Exactness, GraphPass, PassOptions, Repo
 from optimizer.raising import (
     activations,
     attention,
+    broadcasts,
     constants,
     cse,
     dynamic_tanh,
@@ -56,7 +57,9 @@ class Step:
 
 
 #: Repeated until none of them finds anything, because each makes room for the others.
-_CLEANING: tuple[Rule, ...] = (constants.run, reshapes.run, simplify.run, cse.run)
+_CLEANING: tuple[Rule, ...] = (
+    constants.run, reshapes.run, simplify.run, broadcasts.run, cse.run,
+)  # fmt: skip
 _MAX_ROUNDS = 8
 
 
