@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeAlias
 
@@ -161,10 +161,49 @@ def _serialized(
     try:
         for (value, _), place in zip(streamed, places, strict=True):
             value.const_value = place
-        return ir.to_proto(model)
+        with _small_in_memory(model, {value for value, _ in streamed}):
+            return ir.to_proto(model)
     finally:
         for value, tensor in streamed:
             value.const_value = tensor
+
+
+@contextlib.contextmanager
+def _small_in_memory(model: ir.Model, streamed: Container[ir.Value]) -> Iterator[None]:
+    """Hold what is not streamed, but was external in the input, as numbers.
+
+    Nothing written may refer to the input's files.
+    """
+    initializers = [
+        (value, value.const_value)
+        for graph in (model.graph, *model.graph.subgraphs())
+        for value in graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor) and value not in streamed
+    ]
+    attributes = [
+        (node, attribute)
+        for node in model.graph.all_nodes()
+        for attribute in node.attributes.values()
+        if isinstance(attribute.value, ir.ExternalTensor)
+    ]
+    try:
+        for value, tensor in initializers:
+            value.const_value = _in_memory(tensor)
+        for node, attribute in attributes:
+            held = _in_memory(attribute.as_tensor())
+            node.attributes[attribute.name] = ir.AttrTensor(attribute.name, held)
+        yield
+    finally:
+        for value, tensor in initializers:
+            value.const_value = tensor
+        for node, attribute in attributes:
+            node.attributes[attribute.name] = attribute
+
+
+def _in_memory(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    return ir.Tensor(
+        tensor.numpy(), dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name
+    )
 
 
 def _write_external(

@@ -27,6 +27,7 @@ from optimizer.errors import (
     UnsupportedError,
 )
 from optimizer.model_io import BackgroundHashes, external_files, hash_file, load_model, save_model
+from optimizer.runners.ort import OrtRunner
 
 
 def weights(model: ir.Model) -> dict[str, np.ndarray]:
@@ -83,6 +84,39 @@ def test_a_written_model_reads_back_equal(tmp_path: Path, external: Any) -> None
         np.testing.assert_array_equal(array, after[name], err_msg=name)
     assert [n.op_type for n in again.graph] == [n.op_type for n in model.graph]
     onnx.checker.check_model(str(tmp_path / "m.onnx"))
+
+
+@pytest.mark.parametrize("external", ["never", "always"])
+def test_nothing_written_refers_to_the_data_of_the_input(tmp_path: Path, external: Any) -> None:
+    branches = [
+        oh.make_graph(
+            [oh.make_node("Add", ["x", f"small_{name}"], [f"z_{name}"])], name, [],
+            [oh.make_tensor_value_info(f"z_{name}", onnx.TensorProto.FLOAT, [2, 3])],
+            [onnx.numpy_helper.from_array(np.full(3, 7, np.float32), f"small_{name}")],
+        )
+        for name in ("then", "else")
+    ]  # fmt: skip
+    held = onnx.numpy_helper.from_array(np.array([True]), "held")
+    nodes = [
+        oh.make_node("Constant", [], ["c"], value=held),
+        oh.make_node("If", ["c"], ["z"], then_branch=branches[0], else_branch=branches[1]),
+        oh.make_node("MatMul", ["z", "w"], ["y"]),
+    ]
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    onnx.save_model(
+        proto(nodes, ir_version=9), source / "m.onnx", save_as_external_data=True,
+        location="m.data", size_threshold=0, convert_attribute=True,
+    )  # fmt: skip
+    model = load_model(source / "m.onnx")
+    assert external_files(model)
+    save_model(model, target / "m.onnx", external)
+    assert external_files(model), "the model itself is unchanged"
+    (source / "m.data").unlink()
+    x = np.ones((2, 3), np.float32)
+    (y,) = OrtRunner(target / "m.onnx").run({"x": x}).values()
+    np.testing.assert_array_equal(y, x + 7)
 
 
 @pytest.mark.parametrize("external", ["never", "always"])
