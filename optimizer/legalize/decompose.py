@@ -18,6 +18,9 @@ from optimizer.errors import UnsupportedError
 from optimizer.nodes import operand, optional
 from optimizer.raising.shapes import Shapes
 
+#: ``qk_matmul_output_mode`` of an Attention whose fourth output comes after the softmax.
+_WEIGHTS = 3
+
 
 @dataclass(frozen=True)
 class Pen:
@@ -65,9 +68,10 @@ class Pen:
         return graphs.add_initializer(self.graph, name, array)
 
     def done(self, *values: ir.Value) -> None:
-        """Put ``values`` in the place of the node's outputs."""
+        """Put ``values`` in the place of the node's outputs, but for those left out (no name)."""
         for old, new in zip(self.node.outputs, values, strict=False):
-            graphs.replace_value(old, new, keep_name=True)
+            if old.name:
+                graphs.replace_value(old, new, keep_name=True)
         self.graph.remove(self.node, safe=True)
 
 
@@ -182,13 +186,19 @@ def attention(pen: Pen) -> None:
     """Attention: softmax(softcap(scale q k^T) + mask) v on [batch, heads, tokens, size].
 
     Raises:
-        UnsupportedError: It is not the canonical 3-D form, or returns its scores.
+        UnsupportedError: It is not the canonical 3-D form, or returns scores before the softmax.
     """
     node = pen.node
     heads = node.attributes.get_int("q_num_heads", 0)
     kv_heads = node.attributes.get_int("kv_num_heads", 0)
-    if not heads or not kv_heads or (len(node.outputs) > 3 and node.outputs[3].uses()):
-        msg = f"node '{node.name}': Attention is lowered in its 3-D form without scores only"
+    if not heads or not kv_heads:
+        msg = f"node '{node.name}': Attention is lowered in its 3-D form only"
+        raise UnsupportedError(msg)
+    if _returns_scores(node) and node.attributes.get_int("qk_matmul_output_mode", 0) != _WEIGHTS:
+        msg = (
+            f"node '{node.name}': this Attention returns its scores from before the softmax, which "
+            "is not lowered; choose --opset 23, or a --target that takes it"
+        )
         raise UnsupportedError(msg)
     query = _heads(pen, operand(node), heads)
     key, value = (_heads(pen, operand(node, i), kv_heads) for i in (1, 2))
@@ -202,11 +212,19 @@ def attention(pen: Pen) -> None:
     if pen.floor is not None:
         top = pen.put("ReduceMax", (scores, pen.integers(-1)))
         scores = pen.put("Max", (scores, pen.put("Sub", (top, pen.number(pen.floor)))))
-    total = pen.put("MatMul", (pen.put("Softmax", (scores,), {"axis": -1}), value))
+    weights = pen.put("Softmax", (scores,), {"axis": -1})
+    total = pen.put("MatMul", (weights, value))
     y = pen.put("Transpose", (total,), {"perm": [0, 2, 1, 3]})
     size = _size(node, 2, kv_heads)
     y = pen.put("Reshape", (y, pen.integers(0, 0, heads * size)))
-    pen.done(y, *present[: len(node.outputs) - 1])
+    pen.done(y, *present, weights)
+
+
+def _returns_scores(node: ir.Node) -> bool:
+    """Whether anything reads the fourth output."""
+    if len(node.outputs) < 4:
+        return False
+    return bool(node.outputs[3].uses()) or node.outputs[3].is_graph_output()
 
 
 def _size(node: ir.Node, index: int, heads: int) -> int:

@@ -122,6 +122,38 @@ def test_every_form_of_attention_is_spelled_out(softcap, mask, causal):
         np.testing.assert_allclose(after[name], array, atol=1e-5)
 
 
+def _returning_scores(mode):
+    config = models.Config(layers=1)
+    model = models.build(config)
+    node = next(n for n in model.graph if n.op_type == "Attention")
+    node.resize_outputs(4)
+    node.attributes["qk_matmul_output_mode"] = ir.AttrInt64("qk_matmul_output_mode", mode)
+    node.outputs[1].name = node.outputs[2].name = ""  # left out
+    scores = node.outputs[3]
+    scores.name, scores.type = "scores", ir.TensorType(ir.DataType.FLOAT)
+    scores.shape = ir.Shape(["batch", config.heads, "sequence", "sequence"])
+    model.graph.outputs.append(scores)
+    return model, config
+
+
+def test_attention_that_returns_its_weights_is_spelled_out_and_raised_back():
+    model, config = _returning_scores(3)
+    before = _outputs(model, config)
+    legalize(model, "tensorrt-10")
+    after = _outputs(model, config)
+    np.testing.assert_allclose(before["scores"].sum(axis=-1), 1, rtol=1e-5)
+    assert list(after) == ["logits", "scores"]
+    assert all(_close(before[name], after[name]) for name in before)
+    Canonicalize().call(model, Context())
+    assert [n.op_type for n in model.graph].count("Attention") == 1
+
+
+def test_attention_that_returns_other_scores_is_refused():
+    model, _ = _returning_scores(0)
+    with pytest.raises(UnsupportedError, match="scores from before the softmax"):
+        legalize(model, "tensorrt-10")
+
+
 def test_masks_become_numbers_once_for_all_layers():
     model = models.build(models.Config(layers=4))
     legalize(model, "ort-cpu", opset=20)
