@@ -214,6 +214,17 @@ def test_layers_with_dynamic_tanh_are_not_fused() -> None:
     assert reason == "layer 0: a dynamic tanh, whose own alpha leaves no value to share"
 
 
+def test_a_function_after_the_mlp_is_named_as_the_reason() -> None:
+    model = models.build()
+    add = find_blocks(model).blocks[0].mlp_add
+    gelu = graphs.insert(model.graph, add, "Gelu", [add.inputs[1]])
+    add.replace_input_with(1, gelu)
+    report = cqil.Cqil(cqil.Options(first=0, last=1)).call(model, Context())
+    assert [skip.reason for skip in report.skipped] == [
+        "layer 0: Gelu after MLP, which is no constant gain"
+    ]
+
+
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_packing_keeps_the_function(variant: Callable[[ir.Model], ir.Model], style: str) -> None:

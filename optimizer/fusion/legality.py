@@ -88,7 +88,8 @@ def _plain(members: Sequence[Block]) -> str | None:
             )
         for extra in block.extras:
             if not extra.startswith(("layer scale", "residual scale")):
-                return f"layer {block.index}: {_EXTRAS.get(extra, extra)}"
+                reason = _EXTRAS.get(extra, f"{extra}, which is no constant gain")
+                return f"layer {block.index}: {reason}"
         if any(constant(linear.weight) is None for linear in linears(block)):
             return f"layer {block.index}: quantized weights; group before quantization"
         if _gains(block) is None:
