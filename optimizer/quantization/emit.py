@@ -196,9 +196,7 @@ class Writer:
         source = x
         if middle is not None:
             x = self._insert(anchor, "Sub", [x, middle], f"{name}_centred", source)
-        # Cheaper than a division of every number, and as exact: codes are rounded after.
-        inverse = self._insert(anchor, "Reciprocal", [gain], f"{name}_inverse_gain", gain)
-        x = self._insert(anchor, "Mul", [x, inverse], f"{name}_normalized", source)
+        x = self._insert(anchor, "Div", [x, gain], f"{name}_normalized", source)
         offset = scaling.offset * scaling.step
         if scaling.offset:
             moved = self._number("token_offset", offset)
