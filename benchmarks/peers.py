@@ -5,17 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
-from onnxruntime.quantization import (
-    CalibrationDataReader,
-    QuantFormat,
-    QuantType,
-    quantize_dynamic,
-    quantize_static,
-)
 
 #: A peer gets model, data and output path, and writes the model it makes.
 Peer = Callable[[Path, list[Mapping[str, np.ndarray]], Path], None]
@@ -23,12 +17,21 @@ _LINEAR = ["MatMul", "Gemm"]
 Feeds = list[Mapping[str, np.ndarray]]
 
 
-class _Reader(CalibrationDataReader):
+class _Reader:
+    """What ONNX Runtime calls a CalibrationDataReader."""
+
     def __init__(self, feeds: Iterable[Mapping[str, np.ndarray]]) -> None:
         self._feeds = iter(feeds)
 
     def get_next(self) -> Mapping[str, np.ndarray] | None:
         return next(self._feeds, None)
+
+
+def _tools() -> Any:
+    # Its import makes a module called "optimizer" of its own importable: not before ours.
+    import onnxruntime.quantization
+
+    return onnxruntime.quantization
 
 
 def fold(source: Path, target: Path) -> Path:
@@ -63,10 +66,11 @@ def dynamic_folded(source: Path, feeds: Feeds, target: Path) -> None:
 
 def _quantize_dynamic(source: Path, target: Path) -> None:
     stripped = strip(source, target.with_suffix(".stripped.onnx"))
-    quantize_dynamic(
+    tools = _tools()
+    tools.quantize_dynamic(
         stripped,
         target,
-        weight_type=QuantType.QInt8,
+        weight_type=tools.QuantType.QInt8,
         per_channel=True,
         op_types_to_quantize=_LINEAR,  # by default it also turns Attention into an invalid node
     )
@@ -77,14 +81,15 @@ def static(source: Path, feeds: Feeds, target: Path) -> None:
     """``quantize_static`` in QDQ form after folding: linear layers, int8 weights per channel."""
     folded = fold(source, target.with_suffix(".folded.onnx"))
     stripped = strip(folded, target.with_suffix(".stripped.onnx"))
-    quantize_static(
+    tools = _tools()
+    tools.quantize_static(
         stripped,
         target,
         _Reader(feeds),
-        quant_format=QuantFormat.QDQ,
+        quant_format=tools.QuantFormat.QDQ,
         per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
+        activation_type=tools.QuantType.QUInt8,
+        weight_type=tools.QuantType.QInt8,
         op_types_to_quantize=_LINEAR,
     )
     stripped.unlink()
