@@ -6,11 +6,14 @@ import json
 
 import demo_passes as demo
 import models
+import onnx_ir as ir
 import pytest
 from conftest import token_samples
+from rich.console import Console
 
 from optimizer.calibration import Calibration, input_specs
 from optimizer.cli import screen
+from optimizer.job import Result
 from optimizer.metrics import Drift
 from optimizer.pipeline import Data, Run
 from optimizer.recipe import Recipe, Settings, Step
@@ -68,6 +71,23 @@ def test_reasons_are_grouped_unless_all_are_asked_for(finished: tuple[RunReport,
         "  nothing left layer 0, layer 1 alone: it is not blue"
     ]
     assert len(screen.skip_lines(rows, every=True)) == 2
+
+
+@pytest.mark.parametrize("width", [80, 110])
+def test_no_line_of_the_table_is_wrapped(
+    finished: tuple[RunReport, Recipe],
+    width: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    report, recipe = finished
+    monkeypatch.setattr(screen, "console", lambda: Console(width=width))
+    result = Result(ir.Model(ir.Graph([], [], nodes=[]), ir_version=10), report, {}, recipe, None)
+    screen.print_result(result, explain=False, dry_run=True)
+    lines = capsys.readouterr().out.splitlines()
+    table = [line for line in lines if line.split(" ")[0] in {row.name for row in report.rows}]
+    assert [line.split()[0] for line in table] == [row.name for row in report.rows]
+    assert any("exact: " in line and "(bound " in line for line in lines)
 
 
 def test_the_drift_line_holds_what_has_a_meaning() -> None:

@@ -56,7 +56,10 @@ def print_result(result: Result, *, explain: bool, dry_run: bool) -> None:
             f"{before.nodes} nodes  ->  {result.recipe.settings.target}"
         )
     )
-    out.print(_table(report))
+    narrow = out.width < _WIDE
+    out.print(_table(report, narrow=narrow))
+    for row in report.rows if narrow else ():
+        out.print(Text(f"  {row.name}: {_numbers(row)}"))
     for line in skip_lines(report.rows, every=explain):
         out.print(Text(line))
     for line in _facts(report):
@@ -72,14 +75,16 @@ def print_result(result: Result, *, explain: bool, dry_run: bool) -> None:
         out.print(Text(f"next: optimize bench {against}{result.path}"))
 
 
-def _table(report: RunReport) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("pass")
+def _table(report: RunReport, *, narrow: bool) -> Table:
+    table = Table(box=None, padding=(0, 1 if narrow else 2, 0, 0), header_style="bold")
+    table.add_column("pass", no_wrap=True)
     for title in ("matched", "skipped", "nodes", "size", "drift", "time", "memory"):
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("numbers")
+    if not narrow:
+        table.add_column("numbers")
     for row in report.rows:
-        table.add_row(*(Text(cell) for cell in _cells(row)))
+        cells = _cells(row)
+        table.add_row(*(Text(cell) for cell in (cells[:-1] if narrow else cells)))
     return table
 
 
