@@ -121,6 +121,8 @@ def _between(node: ir.Node, value: ir.Value, where: str) -> str | None:
         if shape is None:
             return None
         return f"layer scale after {where}" if _size(shape) > 1 else f"residual scale after {where}"
+    if node.op_type == "Add" and graphs.constant(other(node, value)) is not None:
+        return f"shift after {where}"
     if node.op_type in _UNARY or node.op_type == "Cast":
         return f"{node.op_type} after {where}"
     return None
@@ -138,7 +140,7 @@ def forward_branches(start: ir.Value, where: str) -> list[tuple[Branch, ir.Node]
     value = start
     extras: tuple[str, ...] = ()
     for _ in range(_MAX_CHAIN):
-        adds = list(users(value, "Add"))
+        adds = [a for a in users(value, "Add") if graphs.constant(other(a, value)) is None]
         if adds:
             return [(Branch(value, extras), add) for add in adds]
         nodes = list(dict.fromkeys(use.node for use in value.uses()))

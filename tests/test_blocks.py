@@ -179,6 +179,8 @@ EXTRAS = {
     "residual scale after attention": ("o", "Mul", np.array(0.2, np.float32)),
     "residual scale after MLP": ("down", "Mul", np.array([0.2], np.float32)),
     "Tanh after MLP": ("down", "Tanh"),
+    "shift after attention": ("o", "Add", np.ones((1, 1, 32), np.float32)),
+    "shift after MLP": ("down", "Add", np.ones((1, 1, 32), np.float32)),
 }
 
 
