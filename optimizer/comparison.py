@@ -67,4 +67,4 @@ def compare(
 def beside(path: Path) -> Path | None:
     """The evaluation, else the calibration data that lies beside a model."""
     names = (f"{path.stem}.{kind}.npz" for kind in ("eval", "calibration"))
-    return next((item for name in names if (item := path.with_name(name)).is_file()), None)
+    return next((item for name in names if (item := path.parent / name).is_file()), None)

@@ -162,7 +162,7 @@ class Job:
         if frontends.is_model_spec(text) != "onnx":
             return None
         path = Path(text)
-        candidate = path.with_name(f"{path.stem}.{_BESIDE[key]}.npz")
+        candidate = path.parent / f"{path.stem}.{_BESIDE[key]}.npz"
         return candidate if candidate.is_file() else None
 
     def _check_early(self) -> None:
@@ -216,7 +216,7 @@ class Job:
         if self.request.output is not None:
             return self.request.output
         if path is not None:
-            return path.with_name(f"{path.stem}.opt.onnx")
+            return path.parent / f"{path.stem}.opt.onnx"
         if isinstance(self.spec, str):
             name = self.spec.removeprefix("hf:").rstrip("/").rpartition("/")[2].rpartition(":")[2]
             return Path(f"{name}.opt.onnx")

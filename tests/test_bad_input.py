@@ -83,6 +83,7 @@ def test_a_junk_file(refused: Callable[..., Outcome], tmp_path: Path) -> None:
 
 def test_a_folder(refused: Callable[..., Outcome], tmp_path: Path) -> None:
     refused(2, tmp_path, says=("is a folder",))
+    refused(2, ".", says=("is a folder",))
 
 
 def test_a_git_lfs_pointer(refused: Callable[..., Outcome], tmp_path: Path) -> None:
