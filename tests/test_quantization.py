@@ -302,3 +302,11 @@ def test_no_bound_without_proof(step: tuple[str, dict[str, object]]) -> None:
 def test_an_output_is_reached_through_shaping_and_pointwise_steps_only() -> None:
     assert is_head(chain(("Tanh", {}), ("Softmax", {})).graph.inputs[0])
     assert not is_head(chain(("Tanh", {}), ("Gelu", {})).graph.inputs[0])
+
+
+def test_a_key_that_is_also_returned_is_no_head() -> None:
+    model = chain(("Tanh", {}), ("Gelu", {}))
+    key = next(iter(model.graph)).outputs[0]
+    key.name = "present.0.key"
+    model.graph.outputs.append(key)
+    assert not is_head(model.graph.inputs[0])

@@ -24,7 +24,9 @@ MAX_CHANNELS = (2**31 - 1) // 127**2
 _SILU_LOW, _GELU_LOW, _GELU_TANH_LOW = -0.27846455, -0.16997122, -0.17004079
 _NON_NEGATIVE = frozenset({"Relu", "Sigmoid", "Softmax", "Exp", "Abs", "Sqrt", "Softplus"})
 _SHAPING = frozenset({"Reshape", "Transpose", "Split", "Slice", "Squeeze", "Unsqueeze", "Flatten"})
-_POINTWISE = frozenset({"Cast", "Tanh", "Softmax", "LogSoftmax", "Sigmoid", "Mul", "Div", "Clip"})
+_AFTER_HEAD = _SHAPING | {
+    "Cast", "Tanh", "Softmax", "LogSoftmax", "Sigmoid", "Mul", "Div", "Clip", "ArgMax", "TopK",
+}  # fmt: skip
 
 
 class Kind(enum.Enum):
@@ -149,20 +151,24 @@ def _refusal(linear: Linear, choice: Choice, *, transformer: bool) -> str | None
 
 
 def is_head(value: ir.Value) -> bool:
-    """Whether an output of the model is ``value``, but for shaping and pointwise steps."""
-    pending, seen = [value], {value}
+    """Whether outputs of the model are all that ``value`` is for, but for simple steps after it.
+
+    A key that is returned for a cache and read by the attention too is no head.
+    """
+    pending, seen, reached = [value], {value}, False
     while pending:
         current = pending.pop()
-        if current.is_graph_output():
-            return True
+        reached = reached or current.is_graph_output()
         for node in users_of(current):
-            binary = node.op_type in {"Add", "Sub"} and len(node.inputs) == 2
-            by_number = binary and any(graphs.constant(v) is not None for v in node.inputs)
-            if node.op_type in _SHAPING | _POINTWISE or by_number:
-                fresh = [v for v in node.outputs if v not in seen]
-                pending.extend(fresh)
-                seen.update(fresh)
-    return False
+            by_constant_term = node.op_type in {"Add", "Sub"} and any(
+                graphs.constant(operand) is not None for operand in node.inputs
+            )
+            if node.op_type not in _AFTER_HEAD and not by_constant_term:
+                return False
+            fresh = [v for v in node.outputs if v not in seen]
+            pending.extend(fresh)
+            seen.update(fresh)
+    return reached
 
 
 def users_of(value: ir.Value) -> Iterator[ir.Node]:
