@@ -13,6 +13,13 @@ import onnx_ir as ir
 from optimizer import graph as graphs
 from optimizer.nodes import dims, node_of, operands, other, users
 from optimizer.norm_parts import NORMS, norm
+from optimizer.quantized_parts import (
+    fed_by,
+    quantized_at,
+    quantized_linear,
+    reads,
+    weight_of,
+)
 from optimizer.structure import Attention, Linear, Mlp, Norm
 
 _ROUTING = frozenset({"TopK", "NonZero", "ScatterND", "GatherElements", "ScatterElements"})
@@ -29,16 +36,11 @@ _MAX_CHAIN = 8
 _MAX_INNER = 24
 
 
-def weight_of(value: ir.Value) -> ir.Value | None:
-    """``value`` if it is a constant matrix or the dequantized form of one."""
-    dequantize = node_of(value, "DequantizeLinear")
-    stored = value if dequantize is None else dequantize.inputs[0]
-    shape = None if stored is None else dims(stored)
-    return value if shape is not None and len(shape) == 2 else None
-
-
 def linear(output: ir.Value) -> Linear | None:
     """The linear layer whose result is ``output``, with the bias if the last step adds one."""
+    found = quantized_linear(output)
+    if found is not None:
+        return found
     add = node_of(output, "Add")
     if add is None:
         return _matmul(output, None, None)
@@ -62,11 +64,15 @@ def _matmul(value: ir.Value, add: ir.Node | None, bias: ir.Value | None) -> Line
 
 
 def linear_reading(value: ir.Value) -> list[Linear]:
-    """All linear layers whose input is ``value``."""
-    return [found for m in users(value, "MatMul") if (found := _from_matmul(m)) is not None]
+    """All linear layers whose MatMul multiplies ``value`` itself by a weight."""
+    matmuls = (m for m in users(value, "MatMul") if m.inputs[0] is value)
+    return [found for m in matmuls if (found := _from_matmul(m)) is not None]
 
 
 def _from_matmul(matmul: ir.Node) -> Linear | None:
+    quantized = quantized_at(matmul)
+    if quantized is not None:
+        return quantized
     result = matmul.outputs[0]
     add = graphs.only_user(result)
     if add is not None and add.op_type == "Add":
@@ -87,14 +93,6 @@ def width(layer: Linear) -> int:
         msg = f"weight '{layer.weight.name}' is not a constant"
         raise ValueError(msg)
     return shape[1]
-
-
-def before_quantization(value: ir.Value) -> ir.Value:
-    """The value under a QuantizeLinear/DequantizeLinear pair, or ``value`` itself."""
-    dequantize = node_of(value, "DequantizeLinear")
-    quantize = None if dequantize is None else node_of(dequantize.inputs[0], "QuantizeLinear")
-    source = None if quantize is None else quantize.inputs[0]
-    return value if source is None else source
 
 
 @dataclass(frozen=True)
@@ -182,7 +180,7 @@ def mlp(down: Linear) -> Mlp | str:
     """The MLP that ends in ``down``, or why it is none."""
     inner: dict[ir.Node, None] = {}
     first: dict[ir.Value, Linear] = {}
-    stack = [before_quantization(down.input)]
+    stack = [down.input]
     while stack:
         value = stack.pop()
         found = linear(value)
@@ -214,7 +212,7 @@ def mlp(down: Linear) -> Mlp | str:
 def _gated(down: Linear, linears: list[Linear], inner: tuple[ir.Node, ...]) -> Mlp | str:
     if linears[0].input is not linears[1].input:
         return "the two first layers of the MLP read different values"
-    product = node_of(before_quantization(down.input), "Mul")
+    product = node_of(down.input, "Mul")
     if product is None:
         return "the two first layers of the MLP are not multiplied"
     for up, gate in (linears, linears[::-1]):
@@ -325,14 +323,9 @@ def _under_reshape(value: ir.Value) -> ir.Value:
 
 def _output_projection(node: ir.Node) -> Linear | None:
     value = node.outputs[0]
-    user = graphs.only_user(value)
-    if user is not None and user.op_type == "QuantizeLinear":
-        user = graphs.only_user(user.outputs[0])
-        if user is not None and user.op_type == "DequantizeLinear":
-            value = user.outputs[0]
-    found = linear_reading(value)
+    found = linear_reading(value) or fed_by(value)
     readers = {use.node for use in value.uses()}
-    return found[0] if len(found) == 1 and readers == {found[0].matmul} else None
+    return found[0] if len(found) == 1 and readers <= reads(found[0]) else None
 
 
 def routes_experts(end: ir.Value) -> bool:

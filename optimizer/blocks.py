@@ -18,6 +18,7 @@ import onnx_ir as ir
 from optimizer import block_parts as parts
 from optimizer.nodes import node_of, operands, other, users
 from optimizer.norm_parts import norm, norms_reading
+from optimizer.quantized_parts import weight_of
 from optimizer.structure import (
     Attention,
     Block,
@@ -70,7 +71,7 @@ def _weighs_values(softmax: ir.Node) -> bool:
     pending, value = 3, softmax.outputs[0]
     while pending:
         for matmul in users(value, "MatMul"):
-            if matmul.inputs[0] is value and parts.weight_of(operands(matmul)[1]) is None:
+            if matmul.inputs[0] is value and weight_of(operands(matmul)[1]) is None:
                 return True
         where = next(users(value, "Where"), None)
         if where is None:
@@ -120,11 +121,7 @@ def _assemble(index: int, attention: Attention, branch: parts.Branch, tail: _Tai
     return Block(
         index=index,
         style=tail.style,
-        input=(
-            parts.before_quantization(attention.q.input)
-            if tail.style is Style.POST_NORM
-            else tail.attention_norm.input
-        ),
+        input=attention.q.input if tail.style is Style.POST_NORM else tail.attention_norm.input,
         hidden=tail.hidden,
         output=tail.output,
         attention_norm=tail.attention_norm,
@@ -143,7 +140,7 @@ def _linears(mlp: Mlp) -> tuple[Linear, ...]:
 
 def _tail(attention: Attention, branch: parts.Branch, add: ir.Node) -> _Tail | str:
     """Everything after the first add that the attention's branch reaches."""
-    source = parts.before_quantization(attention.q.input)
+    source = attention.q.input
     rest = other(add, branch.end)
     if rest is source:
         return _post_norm(add, source)
@@ -217,7 +214,7 @@ def _post_norm(add: ir.Node, source: ir.Value) -> _Tail | str:
                 reason = found
                 continue
             mlp, _, extras = found
-            if parts.before_quantization(mlp.up.input) is not hidden:
+            if mlp.up.input is not hidden:
                 reason = "the MLP reads another value than the stream"
                 continue
             last = next(norms_reading(second.outputs[0]), None)
@@ -242,4 +239,4 @@ def _mlp_branch(end: ir.Value) -> tuple[Mlp, Norm | None, tuple[str, ...]] | str
     mlp = parts.mlp(down)
     if isinstance(mlp, str):
         return mlp
-    return mlp, norm(parts.before_quantization(mlp.up.input)), extras
+    return mlp, norm(mlp.up.input), extras

@@ -43,11 +43,17 @@ class Style(enum.Enum):
 class Linear:
     """``output = input @ weight (+ bias)`` with a constant weight.
 
+    An int8 layer reaches further than its product: ``input`` is what is read before anything is
+    scaled, shifted or rounded, ``output`` is what has been multiplied back, with the bias (see
+    ``optimizer.quantized_parts``). Its numbers are not those of the equation above: ``weight`` and
+    ``bias`` go with the scaled input, not with ``input``. Blocks with such layers carry the extra
+    "quantized weights"; who rewrites weights must refuse them.
+
     Attributes:
         matmul: The MatMul node.
         add: The Add node of the bias, or None.
-        input: [..., K].
-        weight: Initializer [K, N].
+        input: [..., K]; the MatMul's first operand unless the layer is an int8 one.
+        weight: Initializer [K, N], or a DequantizeLinear's result for one.
         bias: Initializer [N], or None.
         output: [..., N]; the Add's output where there is a bias.
     """
@@ -195,7 +201,10 @@ class Block:
     @property
     def hidden_size(self) -> int:
         """D, the width of the residual stream."""
-        return int(self.attention.o.weight.shape[1])  # type: ignore[index,arg-type]
+        weight = self.attention.o.weight
+        node = weight.producer()
+        stored = weight if node is None else node.inputs[0]  # dequantized weights
+        return int(stored.shape[1])  # type: ignore[union-attr,index,arg-type]
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,7 @@ def _siblings(graph: ir.Graph) -> Iterator[list[Linear]]:
         if value is None or value in seen:
             continue
         seen.add(value)
-        found = [linear for linear in linear_reading(value) if linear.input is value]
+        found = linear_reading(value)
         if len(found) > 1:
             yield found
 

@@ -27,8 +27,9 @@ LAYERS = [
         "errors",
         "machine metrics inputs sample_sources samples feeds probes deviation targets memory "
         "listener onnx_wire",
-        "graph nodes proto partition fingerprint structure norm_parts block_parts blocks raising "
-        "fusion checks model_input model_writer model_io frontends runners",
+        "graph nodes proto partition fingerprint structure norm_parts quantized_parts "
+        "block_parts blocks raising fusion checks model_input model_writer model_io frontends "
+        "runners",
         "observers calibration pass_base quantization generation legalize",
         "passes",
         "budget recipe provenance report verify pipeline benchmark export inspection comparison",
