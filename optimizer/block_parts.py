@@ -18,6 +18,7 @@ from optimizer.quantized_parts import (
     quantized_at,
     quantized_linear,
     reads,
+    stored,
     weight_of,
 )
 from optimizer.structure import Attention, Linear, Mlp, Norm
@@ -84,11 +85,7 @@ def _from_matmul(matmul: ir.Node) -> Linear | None:
 
 def width(layer: Linear) -> int:
     """N, the number of outputs of a linear layer."""
-    stored = layer.weight
-    dequantize = node_of(stored, "DequantizeLinear")
-    if dequantize is not None and dequantize.inputs[0] is not None:
-        stored = dequantize.inputs[0]
-    shape = dims(stored)
+    shape = dims(stored(layer.weight))
     if shape is None:
         msg = f"weight '{layer.weight.name}' is not a constant"
         raise ValueError(msg)

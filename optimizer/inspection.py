@@ -12,8 +12,11 @@ import onnx_ir as ir
 
 from optimizer import graph
 from optimizer.blocks import Block, find_blocks
+from optimizer.fusion.cache import KV_GROUPS_KEY
+from optimizer.fusion.legality import GROUP_KEY
 from optimizer.model_io import external_files, hash_file, load_model
 from optimizer.pass_base import Context
+from optimizer.quantized_parts import stored
 from passes import get_pass
 
 
@@ -74,20 +77,39 @@ def _provenance(model: ir.Model) -> dict[str, Any] | None:
 
 
 def _structure(model: ir.Model) -> dict[str, Any]:
-    """Blocks of the canonical form; ``model`` is rewritten."""
+    """Blocks of the canonical form and what stood in the way of it; ``model`` is rewritten."""
     canonicalize = get_pass("canonicalize")()
-    canonicalize.call(model, Context())
+    report = canonicalize.call(model, Context())
     structure = find_blocks(model)
     return {
+        "kv_cache": _facts(model, "optimize.kv_cache"),
+        "kv_groups": _facts(model, KV_GROUPS_KEY),
         "blocks": [_block(block) for block in structure.blocks],
         "misses": [{"site": site, "reason": reason} for site, reason in structure.misses],
+        "not_raised": [{"site": skip.site, "reason": skip.reason} for skip in report.skipped],
     }
+
+
+def _facts(model: ir.Model, key: str) -> dict[str, Any] | None:
+    """What a pass has noted in the metadata; None where nothing readable is."""
+    try:
+        content = json.loads(model.metadata_props.get(key, "null"))
+    except json.JSONDecodeError:
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _block(block: Block) -> dict[str, Any]:
     attention, mlp = block.attention, block.mlp
+    linears = [attention.q, attention.k, attention.v, attention.o, mlp.up, mlp.gate, mlp.down]
+    values = [v for layer in linears if layer for v in (stored(layer.weight), layer.bias)]
+    tensors = [tensor for v in values if (tensor := graph.constant(v)) is not None]
+    members = attention.node.metadata_props.get(GROUP_KEY)
     return {
         "index": block.index,
+        "layers": None if members is None else [int(number) for number in members.split(",")],
+        "parameters": sum(tensor.size for tensor in tensors),
+        "bytes": sum(tensor.nbytes for tensor in tensors),
         "style": block.style.value,
         "norm": block.attention_norm.kind.value,
         "hidden": block.hidden_size,

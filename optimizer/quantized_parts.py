@@ -63,10 +63,14 @@ class _Way:
 
 def weight_of(value: ir.Value) -> ir.Value | None:
     """``value`` if it is a constant matrix or the dequantized form of one."""
-    dequantize = node_of(value, "DequantizeLinear")
-    stored = value if dequantize is None else dequantize.inputs[0]
-    shape = None if stored is None else dims(stored)
+    shape = dims(stored(value))
     return value if shape is not None and len(shape) == 2 else None
+
+
+def stored(weight: ir.Value) -> ir.Value:
+    """The initializer of a weight: what is dequantized, or the weight itself."""
+    dequantize = node_of(weight, "DequantizeLinear")
+    return weight if dequantize is None else operand(dequantize)
 
 
 def quantized_linear(output: ir.Value) -> Linear | None:
@@ -120,7 +124,7 @@ def reads(layer: Linear) -> set[ir.Node]:
         if way.source is layer.input:
             nodes = {layer.matmul, *way.nodes}
             for row in (way.gain, way.middle):
-                nodes.update(_reach(row, layer.input) if row is not None else ())
+                nodes.update(_reach(row, layer.input) or () if row is not None else ())
             return nodes
     return {layer.matmul}
 
@@ -196,16 +200,13 @@ def _reach(value: ir.Value, source: ir.Value | None) -> tuple[ir.Node, ...] | No
         node = current.producer()
         if node is None or node.domain != "" or len(found) >= _MAX_REACH:
             return None
-        if node.op_type in _REDUCTIONS:
-            if not _reduces_rows(node):
-                return None
-            inner = () if source is None else (operand(node),)
+        if node.op_type in _REDUCTIONS and _reduces_rows(node):
+            pending.extend(() if source is None else (operand(node),))
         elif node.op_type in _POINTWISE:
-            inner = tuple(v for v in node.inputs if v is not None)
+            pending.extend(v for v in node.inputs if v is not None)
         else:
             return None
         found[node] = None
-        pending.extend(inner)
     return tuple(found)
 
 

@@ -224,10 +224,38 @@ def print_description(content: dict[str, Any]) -> None:
         lines += [f"{kind[:-1]:6} {_described(item)}" for item in _abridged(content[kind])]
     operators = ", ".join(f"{n} {name}" for name, n in content["operators"].items())
     lines.append(f"{content['nodes']} nodes: {operators}")
-    for line in (*lines, *_block_lines(content["blocks"])):
+    lines += _cache_lines(content)
+    lines += _block_lines(content["blocks"])
+    lines += _grouped("no block at {sites}: {reason}", content["misses"])
+    if not content["blocks"] and not content["misses"]:
+        lines += _grouped("not raised at {sites}: {reason}", content["not_raised"])
+    for line in lines:
         out.print(Text(line))
-    for miss in content["misses"]:
-        out.print(Text(f"no block at {miss['site']}: {miss['reason']}"))
+
+
+def _grouped(text: str, items: Sequence[dict[str, str]]) -> list[str]:
+    """One line per reason."""
+    reasons = _by_reason([Skip(item["site"], item["reason"]) for item in items])
+    return [text.format(sites=_sites(names), reason=reason) for reason, names in reasons.items()]
+
+
+def _cache_lines(content: dict[str, Any]) -> list[str]:
+    """The KV cache where it is not the appended one of every layer."""
+    lines = []
+    cache, groups = content["kv_cache"], content["kv_groups"]
+    if cache is not None:
+        lines.append(
+            f"KV cache filled {cache.get('form')}, {len(cache.get('buffers', ()))} buffers "
+            f"{cache.get('layout')}, padding {cache.get('padding')}"
+        )
+    if groups:
+        members = dict.fromkeys(_joined(item["layers"]) for item in groups.values())
+        lines.append(f"KV caches shared by the layers of a group: {', '.join(members)}")
+    return lines
+
+
+def _joined(layers: Sequence[int]) -> str:
+    return "+".join(map(str, layers))
 
 
 def _count(number: int) -> str:
@@ -253,17 +281,23 @@ def _block_lines(blocks: Sequence[dict[str, Any]]) -> list[str]:
     """Equal neighbours share a line."""
     if not blocks:
         return ["no transformer blocks recognised"]
-    runs: list[tuple[int, int, str]] = []
+    runs: list[tuple[str, list[dict[str, Any]]]] = []
     for block in blocks:
         text = _block_text(block)
-        if runs and runs[-1][2] == text:
-            runs[-1] = (runs[-1][0], block["index"], text)
-        else:
-            runs.append((block["index"], block["index"], text))
-    return [
-        f"block{'s' if first != last else ''} {first}{f'-{last}' if first != last else ''}: {text}"
-        for first, last, text in runs
-    ]
+        if not runs or runs[-1][0] != text:
+            runs.append((text, []))
+        runs[-1][1].append(block)
+    return [_run_text(text, run) for text, run in runs]
+
+
+def _run_text(text: str, run: Sequence[dict[str, Any]]) -> str:
+    """One line for blocks that look the same, with the layers that each stands for."""
+    first, last = run[0]["index"], run[-1]["index"]
+    numbers = f"blocks {first}-{last}" if first != last else f"block {first}"
+    if run[0]["layers"] is None:
+        return f"{numbers}: {text}"
+    members = ", ".join(_joined(block["layers"]) for block in run)
+    return f"{numbers}: {text}, grouped layers {members}"
 
 
 def _block_text(block: dict[str, Any]) -> str:
@@ -275,4 +309,8 @@ def _block_text(block: dict[str, Any]) -> str:
         f"{block['mlp']} {block['activation']} MLP",
     ]
     traits += [name for name in ("rotary", "kv_cache", "causal") if block[name]]
-    return ", ".join([*traits, *block["extras"]]).replace("kv_cache", "KV cache")
+    if block["layers"] is not None:
+        traits.append(f"{len(block['layers'])} layers side by side")
+    traits += [*block["extras"], f"{_count(block['parameters'])} parameters"]
+    traits.append(size_text(block["bytes"]))
+    return ", ".join(traits).replace("kv_cache", "KV cache")
