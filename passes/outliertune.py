@@ -9,7 +9,8 @@ Rewrite:      y = x W + b   ->   y = DQ(Q(x')) DQ(W8) + b'
 Applies when: 1. the layer is a float32 MatMul by a constant [K, N] that nothing else uses;
               2. no int32 sum can overflow: K <= 133 144;
               3. weights and calibrated activations are finite;
-              4. in a transformer: the layer does not compute an output of the model, unless named.
+              4. in a transformer: the layer does not compute an output of the model, unless it
+                 would cost more than 5 % of the time in float (a language model's logits).
 Exactness:    approximate. Without the rounding the graph equals the original in real numbers; what
               rounding costs is in benchmarks/results/outliertune_accuracy.json.
 Cost:         a quarter of the weight bytes; per site one Q, and per token one reduction and two
@@ -76,6 +77,11 @@ class Options(PassOptions):
         default=True,
         description="Make constant ranges wider than seen where that pays on held-out data.",
     )
+    heads: bool | Literal["auto"] = Field(
+        "auto",
+        description="Quantize layers that compute an output, such as logits; 'auto' where they "
+        "would cost more than 5 % of the time in float.",
+    )
     include: tuple[str, ...] = Field(
         (), description="Patterns of weights to quantize although they compute an output."
     )
@@ -127,7 +133,8 @@ class OutlierTune(GraphPass[Options]):
 
     def call(self, model: ir.Model, context: Context) -> Report:
         """Quantize, in place."""
-        choice = Choice(self.options.include, self.options.exclude)
+        heads = None if self.options.heads == "auto" else self.options.heads
+        choice = Choice(self.options.include, self.options.exclude, heads)
         sites, skipped = find_sites(model, choice)
         if not sites:
             skipped = skipped or [Skip("model", "it has no MatMul by a constant")]

@@ -38,11 +38,12 @@ def calibration(model: ir.Model, config: models.Config, **how: Any) -> Calibrati
 def apply(
     model: ir.Model, data: Calibration | None, *, rounding: bool = True, **options: Any
 ) -> Report:
-    """The pass, or without rounding only its float part."""
+    """The pass, or without rounding only its float part; heads stay in float unless asked for."""
+    options.setdefault("heads", False)
     if rounding:
         return OutlierTune(Options(**options)).call(model, Context(calibration=data))
     chosen = Options(**options)
-    sites, _ = find_sites(model, Choice(chosen.include, chosen.exclude))
+    sites, _ = find_sites(model, Choice(chosen.include, chosen.exclude, heads=False))
     assert data is not None
     write(model, plan(model, sites, chosen, data)[0], chosen, rounding=False)
     return Report(modified=True)

@@ -139,7 +139,7 @@ def test_a_second_run_changes_nothing_and_says_why() -> None:
     assert not report.modified
     assert {s.reason for s in report.skipped} == {
         "already quantized",
-        "computes an output of the model (include it by name to quantize it)",
+        "computes an output of the model (heads=true, or include it by name, to quantize it)",
     }
     assert golden_cases.text(model) == text
 
@@ -203,15 +203,25 @@ def test_a_norm_whose_other_reader_is_refused_keeps_its_output() -> None:
     assert "Mul" in ops(model)
 
 
-def test_tied_and_output_layers_stay_in_float_unless_named() -> None:
-    config = models.Config()
+@pytest.mark.parametrize(
+    ("vocab", "options", "quantized"),
+    [
+        (50, {"heads": "auto"}, True),  # 1 600 of 12 352 weights: dear in float
+        (4, {"heads": "auto"}, False),  # 128 of 10 880
+        (4, {"heads": True}, True),
+        (50, {"heads": False}, False),
+        (50, {"heads": False, "include": "lm_head*"}, True),
+        (50, {"heads": "auto", "exclude": "lm_head*"}, False),
+    ],
+)
+def test_heads_are_quantized_where_float_is_dear_or_on_demand(
+    vocab: int, options: dict[str, Any], quantized: bool
+) -> None:
+    config = models.Config(vocab=vocab)
     model = models.build(config)
-    report = apply(model, calibration(model, config))
-    assert [s.site for s in report.skipped] == ["lm_head.weight"]
-    model = models.build(config)
-    report = apply(model, calibration(model, config), include="lm_head*")
-    assert report.skipped == ()
-    assert report.sites[-1] == "final_norm.out"
+    report = apply(model, calibration(model, config), **options)
+    assert ("final_norm.out" in report.sites) == quantized
+    assert [s.site for s in report.skipped] == ([] if quantized else ["lm_head.weight"])
 
 
 @pytest.mark.parametrize(
