@@ -294,10 +294,10 @@ def _run_text(text: str, run: Sequence[dict[str, Any]]) -> str:
     """One line for blocks that look the same, with the layers that each stands for."""
     first, last = run[0]["index"], run[-1]["index"]
     numbers = f"blocks {first}-{last}" if first != last else f"block {first}"
-    if run[0]["layers"] is None:
-        return f"{numbers}: {text}"
-    members = ", ".join(_joined(block["layers"]) for block in run)
-    return f"{numbers}: {text}, grouped layers {members}"
+    if run[0]["layers"] is not None:
+        text += f": {', '.join(_joined(block['layers']) for block in run)}"
+    parameters, size = (sum(block[key] for block in run) for key in ("parameters", "bytes"))
+    return f"{numbers} ({_count(parameters)} parameters, {size_text(size)}): {text}"
 
 
 def _block_text(block: dict[str, Any]) -> str:
@@ -309,8 +309,7 @@ def _block_text(block: dict[str, Any]) -> str:
         f"{block['mlp']} {block['activation']} MLP",
     ]
     traits += [name for name in ("rotary", "kv_cache", "causal") if block[name]]
+    traits += block["extras"]
     if block["layers"] is not None:
         traits.append(f"{len(block['layers'])} layers side by side")
-    traits += [*block["extras"], f"{_count(block['parameters'])} parameters"]
-    traits.append(size_text(block["bytes"]))
     return ", ".join(traits).replace("kv_cache", "KV cache")
