@@ -8,6 +8,7 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantized import quantize
 
 from optimizer import verify as verify_module
 from optimizer.calibration import input_specs
@@ -15,12 +16,13 @@ from optimizer.errors import ModelError, VerificationError
 from optimizer.graph import add_initializer
 from optimizer.legalize import legalize
 from optimizer.partition import segments
-from optimizer.pass_base import Exactness
+from optimizer.pass_base import Context, Exactness
 from optimizer.probes import make_probes
 from optimizer.proto import skeleton
 from optimizer.runners.ort import OrtRunner
 from optimizer.samples import load_samples
 from optimizer.verify import shared_cuts, verify, verify_exact
+from passes.canonicalize import Canonicalize
 
 STYLES = {
     "llama": {},
@@ -303,3 +305,31 @@ def test_the_bound_separates_rounding_from_damage(seed, exponent):
     scale(model, "layers.0.o.weight", 1 + 10**exponent)
     with pytest.raises(VerificationError):
         verify(before, model, Exactness.REASSOCIATED, seed=seed)
+
+
+class TestQuantized:
+    """A rounding of float32 that tips a code over is no damage; what follows from it may be big."""
+
+    @pytest.mark.parametrize("per_token", [(), (".o.", ".down.")])
+    def test_the_lowered_form_is_proven_equal(self, per_token):
+        model = models.build(layers=4)
+        quantize(model, per_token=per_token)
+        lowered = model.clone()
+        legalize(lowered, "ort-cpu")
+        assert any(node.domain == "com.microsoft" for node in lowered.graph)
+        raised = lowered.clone()
+        Canonicalize().call(raised, Context())
+        for before, after in ((model, lowered), (lowered, raised)):
+            found = verify(before, after, Exactness.REASSOCIATED)
+            # Float64 throughout; what is left is that a quotient is spelled as a product.
+            assert found.metrics["error"] < 1e-12
+            assert found.method.startswith("both in float64")
+
+    def test_damage_is_found(self):
+        model = models.build(layers=2)
+        quantize(model)
+        after = model.clone()
+        name = next(n for n in after.graph.initializers if n.endswith("0.o.weight_scale"))
+        scale(after, name, 1.5)
+        with pytest.raises(VerificationError, match="both in float64"):
+            verify(model, after, Exactness.REASSOCIATED)

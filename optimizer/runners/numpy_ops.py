@@ -200,6 +200,18 @@ def dequantize_linear(inputs: Arrays, attributes: Attributes) -> tuple[Array, ..
     return (y * _along(scale, x, axis),)
 
 
+def matmul_integer_to_float(inputs: Arrays, _: Attributes) -> tuple[Array, ...]:
+    """(A - a_zero) a_scale @ (B - b_zero) b_scale + bias, scales per tensor or column of B."""
+    a, b, a_scale, b_scale = inputs[:4]
+    a_zero, b_zero, bias = (_input(inputs, i) for i in (4, 5, 6))
+    # Exact in float64: integers of 8 bits, up to 2^37 products of them.
+    left, right = a.astype(np.float64), b.astype(np.float64)
+    left = left if a_zero is None else left - a_zero
+    right = right if b_zero is None else right - b_zero
+    y = np.matmul(left, right).astype(a_scale.dtype) * a_scale * b_scale
+    return (y if bias is None else y + bias,)
+
+
 def conv(inputs: Arrays, attributes: Attributes) -> tuple[Array, ...]:
     """Convolution over any number of axes, as a tensor contraction over sliding windows."""
     x, w, b = inputs[0], inputs[1], _input(inputs, 2)
@@ -291,11 +303,16 @@ OPERATORS: dict[str, Operator] = {
     "RotaryEmbedding": rotary_embedding,
 }
 
+#: Operators of ``com.microsoft`` that models lowered for ONNX Runtime are made of.
+CONTRIB_OPERATORS: dict[str, Operator] = {"MatMulIntegerToFloat": matmul_integer_to_float}
+
 
 def find_operator(
     domain: str, op_type: str, attributes: Attributes, inputs: int, outputs: int
 ) -> Operator | None:
     """The operator, or None where it (or an option of it) is left to ``onnx.reference``."""
+    if domain == "com.microsoft":
+        return CONTRIB_OPERATORS.get(op_type)
     if domain not in {"", "ai.onnx"}:
         return None
     special = {

@@ -367,3 +367,28 @@ def test_a_failing_node_is_named():
 def test_unusual_forms_are_left_to_onnx_reference(op, attributes, inputs, outputs):
     assert find_operator("", op, attributes, inputs, outputs) is None
     assert find_operator("com.microsoft", "Gelu", {}, 1, 1) is None
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("per_column", [False, True])
+def test_an_int8_product_computes_what_the_runtime_computes(bias: bool, per_column: bool) -> None:
+    rng = np.random.default_rng(0)
+    inputs = {
+        "a": rng.integers(0, 256, (2, 3, 16)).astype(np.uint8),
+        "b": rng.integers(-128, 128, (16, 5)).astype(np.int8),
+        "a_scale": np.float32(0.02),
+        "b_scale": rng.uniform(0.01, 0.1, 5).astype(np.float32)[: 5 if per_column else 1],
+        "a_zero": np.uint8(128),
+        "b_zero": None,
+        "bias": rng.normal(size=5).astype(np.float32) if bias else None,
+    }
+    given = {name: np.asarray(array) for name, array in inputs.items() if array is not None}
+    model = single("MatMulIntegerToFloat", {n: given.get(n) for n in inputs})
+    (node,) = model.graph
+    node.domain = "com.microsoft"
+    model.graph.opset_imports["com.microsoft"] = 1
+    (expected,) = OrtRunner(model).run(given).values()
+    (found,) = ReferenceRunner(model).run(given).values()
+    np.testing.assert_allclose(found, expected, atol=FLOAT32)
+    (wide,) = ReferenceRunner(model, double=True).run(given).values()
+    assert wide.dtype == np.float64
