@@ -182,7 +182,8 @@ def test_inspect_shows_blocks_and_provenance(command: Command, small: Path) -> N
     assert content["blocks"][0]["heads"] == 4
     assert content["provenance"] is None
     text = command("inspect", small).out
-    assert "blocks 0-3 (21.5 k parameters, 86 kB): pre-norm, rms norm, width 32, 4 heads x 8 (2 KV)" in text
+    assert "blocks 0-3 (21.5 k parameters, 86 kB): pre-norm, rms norm, width 32, " in text
+    assert "4 heads x 8 (2 KV)" in text
     command(small, "--passes", demo("Scale"), "-q")
     text = command("inspect", small.with_name("small.opt.onnx")).out
     assert "optimized for ort-cpu with: scale" in text
