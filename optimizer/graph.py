@@ -288,6 +288,14 @@ def inherit_name(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
         new.name = old.name
 
 
+def carry_notes(old: ir.Node, new: ir.Value) -> None:
+    """Give what passes noted in the metadata of ``old`` to the node that computes ``new``."""
+    node = new.producer()
+    if node is not None:
+        notes = {k: v for k, v in old.metadata_props.items() if k.startswith("optimize.")}
+        node.metadata_props.update(notes)
+
+
 def only_user(value: ir.Value) -> ir.Node | None:
     """The one node that reads ``value`` (once), None if there are more or it is a graph output."""
     uses = value.uses()

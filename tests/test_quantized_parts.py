@@ -267,10 +267,11 @@ def test_a_float_layer_is_no_quantized_one() -> None:
 # --- what inspect says ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("cached", [False, True])
 def test_inspect_shows_groups_of_layers_and_quantized_blocks(
-    tmp_path: Path, command: Callable[..., Any]
+    tmp_path: Path, command: Callable[..., Any], cached: bool
 ) -> None:
-    config = models.Config(layers=5, kv_cache=True)
+    config = models.Config(layers=5, kv_cache=cached)
     model = models.build(config)
     Cqil(Cqil.Options(first=1, last=4)).call(model, Context())
     feed = {k: v for k, v in models.feed(config, sequence=12).items() if "past" not in k}
@@ -283,7 +284,7 @@ def test_inspect_shows_groups_of_layers_and_quantized_blocks(
     single, double = (content["blocks"][i]["parameters"] for i in (0, 1))
     assert 2 * single <= double <= 2 * single + 256  # and biases, where a shift left one
     text = command("inspect", tmp_path / "m.onnx").out
-    assert "KV caches shared by the layers of a group: 1+2, 3+4" in text
+    assert ("KV caches shared by the layers of a group: 1+2, 3+4" in text) == cached
     assert re.search(r"blocks 1-2 \([0-9.]+ k parameters, [0-9]+ kB\): ", text)
     assert "quantized weights, 2 layers side by side: 1+2, 3+4" in text
 

@@ -213,6 +213,7 @@ def attention(pen: Pen) -> None:
         top = pen.put("ReduceMax", (scores, pen.integers(-1)))
         scores = pen.put("Max", (scores, pen.put("Sub", (top, pen.number(pen.floor)))))
     weights = pen.put("Softmax", (scores,), {"axis": -1})
+    graphs.carry_notes(node, weights)  # where raising looks for them
     total = pen.put("MatMul", (weights, value))
     y = pen.put("Transpose", (total,), {"perm": [0, 2, 1, 3]})
     size = _size(node, 2, kv_heads)

@@ -98,6 +98,7 @@ def _raise_decomposed(state: _State, softmax: ir.Node) -> int | str:
         outputs=4 if weighted.read_elsewhere else 1,
     )
     results = made if isinstance(made, tuple) else (made,)
+    graphs.carry_notes(softmax, results[0])
     graphs.replace_value(output, results[0], keep_name=True)
     if weighted.read_elsewhere:
         state.graph.remove(anchor, safe=True)
@@ -213,6 +214,7 @@ def _rewrite(state: _State, found: _Site) -> None:
         graph, node, "Attention", inputs, attributes, name=f"{old.name}_joined", outputs=count
     )
     outputs = made if isinstance(made, tuple) else (made,)
+    graphs.carry_notes(node, outputs[0])
     for output in outputs:
         output.type = old.type
     _split_result(state, node, old, outputs[0], found)
