@@ -16,7 +16,7 @@ from optimizer.blocks import find_blocks
 from optimizer.calibration import Calibration, input_specs
 from optimizer.norm_parts import norm, norms_reading
 from optimizer.pass_base import Context
-from optimizer.quantization.sites import Kind, find_sites
+from optimizer.quantization.sites import Choice, Kind, find_sites
 from optimizer.runners.ort import OrtRunner
 from optimizer.samples import load_samples
 from optimizer.structure import NormKind, Style
