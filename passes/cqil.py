@@ -231,7 +231,7 @@ def _automatic(
     model: ir.Model, blocks: Sequence[Block], options: Options, context: Context
 ) -> _Plan:
     """The partition that does least measured damage, within budget or down to a depth."""
-    data = context.evaluation or context.calibration
+    data = context.calibration or context.evaluation
     if data is None:
         raise CalibrationError(
             "pass 'cqil': the automatic partition measures the damage of groups and needs sample "
