@@ -255,6 +255,8 @@ def test_a_signal_ends_a_real_run_with_130_and_no_output(small: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        # A shell starts background jobs with the signal ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "here\n"
