@@ -314,8 +314,6 @@ class Job:
         self, model: ir.Model, report: RunReport, output: Path, hashes: BackgroundHashes
     ) -> Result:
         self.listener.stage(f"writing {output}")
-        sources = hashes.items()
-        protected = [path for path, _ in sources]
         settings = self.recipe.settings
         digests = {
             key: value
@@ -336,14 +334,14 @@ class Job:
             lambda outputs: make_manifest(
                 report,
                 self.recipe,
-                inputs=[(path.name, digest) for path, digest in sources],
+                inputs=[(path.name, digest) for path, digest in hashes.items()],
                 outputs=outputs,
                 data=digests,
                 kv_cache=cache or None,
             ),
-            external_data=self._external_data(protected),
+            external_data=self._external_data(hashes.paths),
             force=self.request.force,
-            protected=protected,
+            protected=hashes.paths,
             progress=self.listener.progress,
         )
         if self.request.save_recipe is not None:

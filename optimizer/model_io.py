@@ -56,6 +56,11 @@ class BackgroundHashes:
             with contextlib.suppress(OSError):  # reported by ``items``, which tries again
                 self._digests[path] = hash_file(path)
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files, in order."""
+        return self._paths
+
     def items(self) -> list[tuple[Path, str]]:
         """(file, digest) of each file, in order; waits for the thread.
 
