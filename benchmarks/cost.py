@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from optimizer.benchmark import write_result
-from optimizer.blocks import find_blocks
 from optimizer.machine import describe_machine
 from optimizer.model_io import load_model
 
@@ -79,7 +78,6 @@ def row(path: Path, verify: str, rounds: int, folder: Path) -> dict[str, Any]:
     seconds, peaks = [r[0] for r in runs], [r[1] for r in runs]
     result = load_model(output)
     # The form of the target has Attention too; one per layer, or it was not recognised.
-    blocks = len(find_blocks(result).blocks)
     attentions = sum(node.op_type == "Attention" for node in result.graph)
     return {
         "model": path.name,
@@ -90,7 +88,6 @@ def row(path: Path, verify: str, rounds: int, folder: Path) -> dict[str, Any]:
         "peak_bytes": max(peaks),
         "nodes": [len(load_model(path).graph), len(result.graph)],
         "attentions": attentions,
-        "blocks": blocks,
     }
 
 
