@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict
 
+from optimizer.listener import Listener, Silent
+
 if TYPE_CHECKING:
     from optimizer.calibration import Calibration
 
@@ -78,12 +80,15 @@ class Context:
     Attributes:
         target: Name of the target the result is meant for (``optimizer.targets``).
         calibration: Sample data bound to a runner, or None where the user gave none.
-        evaluation: Held-out data for measured decisions; falls back to ``calibration``.
+        evaluation: Held-out data that drift is reported on; a pass decides on it only where there
+            is no calibration data.
+        listener: Is told how far long work is.
     """
 
     target: str = "ort-cpu"
     calibration: Calibration | None = None
     evaluation: Calibration | None = None
+    listener: Listener = field(default_factory=Silent)
 
 
 class GraphPass(Generic[OptionsT]):

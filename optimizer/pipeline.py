@@ -143,6 +143,7 @@ class Run:
             target=self.recipe.settings.target,
             calibration=self.data.calibration,
             evaluation=self.data.measuring,
+            listener=self.listener,
         )
 
     def _verify(

@@ -36,6 +36,7 @@ from optimizer.errors import CalibrationError, OptionError
 from optimizer.fusion import Bypass, fuse_group, refusal
 from optimizer.fusion.legality import GROUP_KEY
 from optimizer.fusion.partition import Group, Partition, Search, Trial
+from optimizer.listener import Listener
 from optimizer.pass_base import Context, Exactness, GraphPass, PassOptions, Report, Skip
 from optimizer.structure import Block
 
@@ -247,13 +248,15 @@ def _automatic(
     candidates = [g for g in candidates if cosines[g] >= options.similarity]
     quick, meter = (_Meter(model, d, options.variant, options.metric) for d in (few, data))
     single: dict[Group, float] = {}
+    context.listener.stage(f"cqil: measuring {len(candidates)} groups")
     for i, group in enumerate(candidates):
         single[group] = quick.damage((group,))
+        context.listener.progress(i + 1, len(candidates))
         logger.info(
             "cqil: group %d of %d, %s alone: %s %.4g",
             i + 1, len(candidates), _site(group), meter.metric, single[group],
         )  # fmt: skip
-    path, limit = _search(quick, meter, single, len(blocks), options)
+    path, limit = _search(quick, meter, single, len(blocks), options, context.listener)
     chosen = [trial for trial in path if trial.damage <= limit]
     best = chosen[-1] if chosen else Trial(0.0, ())
     if path and not chosen:
@@ -339,7 +342,12 @@ class _Meter:
 
 
 def _search(
-    quick: _Meter, meter: _Meter, single: dict[Group, float], layers: int, options: Options
+    quick: _Meter,
+    meter: _Meter,
+    single: dict[Group, float],
+    layers: int,
+    options: Options,
+    listener: Listener,
 ) -> tuple[list[Trial], float]:
     """The best partition of every depth down to the wanted one, and the budget."""
     limit = options.budget
@@ -348,6 +356,7 @@ def _search(
     search = Search(single, quick.damage, meter.damage, trials=options.trials)
     path: list[Trial] = []
     while options.depth is None or layers - len(path) > options.depth:
+        listener.stage(f"cqil: measuring partitions of depth {layers - len(path) - 1}")
         trial = search.level(len(path) + 1)
         if trial is None:
             break

@@ -36,6 +36,7 @@ from pydantic import Field, field_validator
 from optimizer import graph as graphs
 from optimizer.calibration import Calibration
 from optimizer.errors import CalibrationError
+from optimizer.listener import Listener
 from optimizer.pass_base import Context, Exactness, GraphPass, PassOptions, Report, Skip
 from optimizer.quantization.emit import Writer
 from optimizer.quantization.scales import Policy, Scaling, Scheme, choose
@@ -145,7 +146,7 @@ class OutlierTune(GraphPass[Options]):
                 "--calibration FILE.npz with one array per model input."
             )
         plans, refused = plan(model, sites, self.options, context.calibration)
-        details = write(model, plans, self.options)
+        details = write(model, plans, self.options, listener=context.listener)
         return Report(
             modified=bool(plans),
             applied=len(plans),
@@ -199,7 +200,12 @@ def _fault(weights: list[np.ndarray], stats: InputStatistics) -> str | None:
 
 
 def write(
-    model: ir.Model, plans: list[Plan], options: Options, *, rounding: bool = True
+    model: ir.Model,
+    plans: list[Plan],
+    options: Options,
+    *,
+    rounding: bool = True,
+    listener: Listener | None = None,
 ) -> list[dict[str, Any]]:
     """Rewrite all sites; ``rounding=False`` leaves a float graph that equals the original.
 
@@ -219,9 +225,11 @@ def write(
         output_scales=output_scales,
     )
     details = []
-    for p in plans:
+    for number, p in enumerate(plans):
         ratio = writer.write(p.site, p.scaling, p.stats)
         details.append(_facts(p, ratio))
+        if listener is not None:
+            listener.progress(number + 1, len(plans))
     if plans:
         graphs.remove_dead(model)
     return details
