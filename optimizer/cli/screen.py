@@ -117,7 +117,9 @@ def _numbers(row: Row) -> str:
 def _percent(part: float) -> str:
     if part == 0:
         return "0"
-    return f"{part:.1e}" if part < 1e-4 else f"{100 * part:.2g} %"
+    if part < 1e-4:
+        return f"{part:.1e}"
+    return f"{100 * part:.2g} %" if part < 0.995 else f"{100 * part:.0f} %"
 
 
 def skip_lines(rows: Sequence[Row], *, every: bool) -> list[str]:
