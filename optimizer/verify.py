@@ -25,13 +25,13 @@ from optimizer.calibration import input_specs, primary_output
 from optimizer.deviation import OutputError, Outputs, collect, is_floating, wide
 from optimizer.errors import CalibrationError, ModelError, UnsupportedError, VerificationError
 from optimizer.metrics import DriftMeter
-from optimizer.partition import Segment, segments
 from optimizer.pass_base import Exactness
 from optimizer.probes import Probe, make_probes
 from optimizer.runners.base import Runner
 from optimizer.runners.ort import OrtRunner
 from optimizer.runners.reference import ReferenceRunner
 from optimizer.samples import SampleSet
+from optimizer.segments import Segment, segments
 
 #: Both factors where only float32 can be compared with float32: then the difference holds the
 #: errors of both sides, and the original's own error is only estimated.

@@ -27,7 +27,7 @@ LAYERS = [
         "errors",
         "machine metrics inputs sample_sources samples feeds probes deviation targets memory "
         "listener onnx_wire",
-        "graph nodes proto partition fingerprint structure norm_parts quantized_parts "
+        "graph nodes proto segments fingerprint structure norm_parts quantized_parts "
         "block_parts blocks raising fusion checks model_input model_writer model_io frontends "
         "runners",
         "observers calibration pass_base quantization generation legalize",

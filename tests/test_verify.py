@@ -15,12 +15,12 @@ from optimizer.calibration import input_specs
 from optimizer.errors import ModelError, VerificationError
 from optimizer.graph import add_initializer
 from optimizer.legalize import legalize
-from optimizer.partition import segments
 from optimizer.pass_base import Context, Exactness
 from optimizer.probes import make_probes
 from optimizer.proto import skeleton
 from optimizer.runners.ort import OrtRunner
 from optimizer.samples import load_samples
+from optimizer.segments import segments
 from optimizer.verify import shared_cuts, verify, verify_exact
 from passes.canonicalize import Canonicalize
 

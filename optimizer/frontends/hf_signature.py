@@ -16,7 +16,7 @@ _BATCH, _SEQUENCE, _PAST, _TOTAL = "batch", "sequence", "past_sequence", "total_
 # Sizes of the example inputs. All differ, and none is 1, so that torch neither identifies two of
 # them nor specialises on broadcasting.
 _B, _S, _P = 2, 3, 5
-_PREFIX = "model."  # the wrappers of torch_modules hold the model under this name
+_PREFIX = "model."  # the wrappers of hf_wrappers hold the model under this name
 
 
 def _accepts(model: Any, name: str) -> bool:
@@ -60,7 +60,7 @@ def decoder(model: Any, *, kv_cache: bool) -> tuple[Any, Signature]:
     """
     import torch
 
-    from optimizer.frontends.torch_modules import CachedDecoder, Decoder
+    from optimizer.frontends.hf_wrappers import CachedDecoder, Decoder
 
     dynamic = torch.export.Dim.DYNAMIC
     positions = _accepts(model, "position_ids")
@@ -146,7 +146,7 @@ def _named(
 ) -> tuple[Any, Signature]:
     import torch
 
-    from optimizer.frontends.torch_modules import Named
+    from optimizer.frontends.hf_wrappers import Named
 
     with quiet(), torch.no_grad():
         made = model.eval()(**inputs)
