@@ -242,8 +242,8 @@ class _Comparison:
             except UnsupportedError:
                 pass  # ONNX Runtime can still tell whether the two are far apart
             else:
-                for error in errors.values():  # of ONNX Runtime, which neither side's numbers have
-                    error.own = 0.0
+                for found in errors.values():  # of ONNX Runtime, which neither side's numbers have
+                    found.own = 0.0
                 return errors, "both in float64, because rounding to integers magnifies roundings"
         if cuts:
             method += f", block by block ({len(cuts) + 1} parts)"
