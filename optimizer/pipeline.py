@@ -157,7 +157,7 @@ class Run:
     def _prove(self, name: str, before: ir.Model, exactness: Exactness) -> str:
         self.listener.stage(f"{name}: verifying")
         with blame(name):
-            return verify.verify_exact(
+            verdict = verify.verify(
                 before,
                 self.model,
                 exactness,
@@ -166,6 +166,7 @@ class Run:
                 threads=self.threads,
                 max_memory=self.max_memory,
             )
+        return str(verdict)
 
     def _measure(self, name: str) -> Drift | None:
         if self._reference is None or self.data.measuring is None:

@@ -74,32 +74,6 @@ class Verification:
         return "exact: bit by bit" if self.status == "equal" else self.status
 
 
-def verify_exact(
-    before: ir.Model,
-    after: ir.Model,
-    exactness: Exactness,
-    *,
-    samples: SampleSet | None = None,
-    custom_ops: Sequence[str | Path] = (),
-    threads: int = 1,
-    max_memory: int | None = None,
-    seed: int = 0,
-) -> str:
-    """Verify and return the verdict as text; see ``verify``."""
-    return str(
-        verify(
-            before,
-            after,
-            exactness,
-            samples=samples,
-            custom_ops=custom_ops,
-            threads=threads,
-            max_memory=max_memory,
-            seed=seed,
-        )
-    )
-
-
 def verify(
     before: ir.Model,
     after: ir.Model,

@@ -18,7 +18,8 @@ import numpy as np
 import onnx_ir as ir
 
 from optimizer.graph import add_initializer, constant, insert, only_user, replace_value, scalar
-from optimizer.raising.base import LocalRule, Miss, RuleReport, produced_by, site, sweep
+from optimizer.nodes import node_of
+from optimizer.raising.base import LocalRule, Miss, RuleReport, site, sweep
 
 _POINTS = np.linspace(-6.0, 6.0, 121)
 _MAX_STEPS = 8
@@ -100,7 +101,7 @@ def _candidates(node: ir.Node) -> Iterator[ir.Value]:
                 continue
             seen[value] = None
             yield value
-            producer = produced_by(value, *_UNARY, *_BINARY)
+            producer = node_of(value, *_UNARY, *_BINARY)
             following += [v for v in producer.inputs if v is not None] if producer else []
         frontier = following
 
@@ -133,7 +134,7 @@ def _evaluate(
     if number is not None:
         known[value] = np.full_like(_POINTS, number)
         return known[value]
-    node = produced_by(value, *_UNARY, *_BINARY)
+    node = node_of(value, *_UNARY, *_BINARY)
     if node is None or depth == 0:
         return None
     if node.op_type == "Cast" and not _keeps_floats(node):
@@ -200,12 +201,12 @@ def _write(node: ir.Node, x: ir.Value, end: ir.Value, kind: str) -> bool | Miss:
 
 
 def _is_canonical(last: ir.Node, x: ir.Value, kind: str) -> bool:
-    gate = produced_by(last.inputs[1], "Sigmoid")
+    gate = node_of(last.inputs[1], "Sigmoid")
     if last.op_type != "Mul" or last.inputs[0] is not x or gate is None:
         return False
     if kind == "silu":
         return gate.inputs[0] is x
-    scaled = produced_by(gate.inputs[0], "Mul")
+    scaled = node_of(gate.inputs[0], "Mul")
     return scaled is not None and scaled.inputs[0] is x and scalar(scaled.inputs[1]) is not None
 
 

@@ -73,11 +73,3 @@ def opset_of(model: ir.Model) -> int:
 def site(node: ir.Node) -> str:
     """What a report calls a node: its name, or that of its first output."""
     return node.name or (node.outputs[0].name if node.outputs else None) or node.op_type
-
-
-def produced_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
-    """The node that makes ``value``, if it is a standard operator of one of these types."""
-    node = None if value is None else value.producer()
-    if node is None or node.domain != "" or node.op_type not in op_types:
-        return None
-    return node

@@ -14,10 +14,11 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from optimizer.graph import add_initializer, const, constant, insert, replace_value, scalar
+from optimizer.graph import add_initializer, constant, insert, replace_value, scalar
 from optimizer.nodes import node_of, operand
 from optimizer.raising.base import LocalRule, RuleReport, sweep
 from optimizer.raising.reshapes import bypass
+from optimizer.raising.shape_rules import axes_of
 from optimizer.raising.shapes import Shapes
 
 
@@ -45,10 +46,10 @@ def _and(node: ir.Node) -> bool:
 
 def _axes(shapes: Shapes, node: ir.Node) -> list[int] | None:
     """The axes an Unsqueeze adds, from 0, in the rank of its output."""
-    stored, shape = const(operand(node, 1)), shapes.of(node.outputs[0])
+    stored, shape = axes_of(node, 1), shapes.of(node.outputs[0])
     if stored is None or shape is None:
         return None
-    return sorted(int(axis) % len(shape) for axis in stored.reshape(-1))
+    return sorted(axis % len(shape) for axis in stored)
 
 
 def _unsqueeze(shapes: Shapes, node: ir.Node) -> bool:

@@ -21,7 +21,8 @@ from optimizer.graph import (
     inherit_name,
     only_user,
 )
-from optimizer.raising.base import RuleReport, produced_by, sweep
+from optimizer.nodes import node_of
+from optimizer.raising.base import RuleReport, sweep
 from optimizer.raising.dims import Shape
 from optimizer.raising.shapes import Shapes
 
@@ -44,7 +45,7 @@ def _plain(tanh: ir.Node, shapes: Shapes) -> bool:
         add = only_user(product.outputs[0])
         if add is not None and add.op_type == "Add":
             changed |= _flatten(add, shape)
-        slope = produced_by(tanh.inputs[0], "Mul")
+        slope = node_of(tanh.inputs[0], "Mul")
         if slope is not None:
             changed |= _unwrap(slope, shapes)
     return changed

@@ -26,7 +26,8 @@ from optimizer.graph import (
     insert,
     replace_value,
 )
-from optimizer.raising.base import Miss, RuleReport, produced_by, site, sweep
+from optimizer.nodes import node_of
+from optimizer.raising.base import Miss, RuleReport, site, sweep
 from optimizer.raising.constants import GROWTH_LIMIT
 from optimizer.raising.shapes import Shapes
 
@@ -75,7 +76,7 @@ class _Made:
         """W' for the use of ``node``."""
         if weight in self.transposed:
             return self.transposed[weight]
-        dequantized = produced_by(weight, "DequantizeLinear")
+        dequantized = node_of(weight, "DequantizeLinear")
         stored = weight if dequantized is None else dequantized.inputs[0]
         if stored is None:
             msg = f"the weight '{weight.name}' is dequantized from nothing"
@@ -116,7 +117,7 @@ def _dims(value: ir.Value) -> tuple[int, ...]:
 
 def weight_of(value: ir.Value | None) -> ir.TensorProtocol | None:
     """The stored tensor of a constant matrix, also of one that is dequantized."""
-    dequantized = produced_by(value, "DequantizeLinear")
+    dequantized = node_of(value, "DequantizeLinear")
     return constant(dequantized.inputs[0] if dequantized is not None else value)
 
 
@@ -157,7 +158,7 @@ def _gemm(node: ir.Node, made: _Made) -> bool | Miss:
 
 def _transposable(weight: ir.Value) -> bool:
     """Whether W' may be stored: it is small, or nobody reads W itself."""
-    dequantized = produced_by(weight, "DequantizeLinear")
+    dequantized = node_of(weight, "DequantizeLinear")
     stored = weight if dequantized is None else dequantized.inputs[0]
     tensor = constant(stored)
     if tensor is None or len(tensor.shape) != 2:
@@ -179,7 +180,7 @@ def _reads_transposed(node: ir.Node, index: int) -> bool:
 
 def _transposed_weight(node: ir.Node, made: _Made) -> bool | Miss:
     """MatMul(x, Transpose(W)) where folding left the Transpose: W is large, or dequantized."""
-    turned = produced_by(node.inputs[1], "Transpose")
+    turned = node_of(node.inputs[1], "Transpose")
     if turned is None or turned.inputs[0] is None:
         return False
     weight = turned.inputs[0]
@@ -193,7 +194,7 @@ def _transposed_weight(node: ir.Node, made: _Made) -> bool | Miss:
 
 def _pointwise(node: ir.Node, made: _Made) -> bool:
     """Transpose -> Conv with one tap -> Transpose, over sequences [B, C, S]."""
-    before = produced_by(node.inputs[0], "Transpose")
+    before = node_of(node.inputs[0], "Transpose")
     tensor, graph, output = constant(node.inputs[1]), node.graph, node.outputs[0]
     after = [use.node for use in output.uses()]
     swap = [0, 2, 1]
@@ -221,9 +222,9 @@ def _pointwise(node: ir.Node, made: _Made) -> bool:
 def _bias(node: ir.Node, shapes: Shapes, made: _Made) -> bool:
     """A bias [1, .., N] becomes [N], one that is added after splitting N into heads comes first."""
     graph, (y, bias) = node.graph, node.inputs
-    split = produced_by(y, "Reshape")
+    split = node_of(y, "Reshape")
     product = y if split is None else split.inputs[0]
-    matmul = produced_by(product, "MatMul")
+    matmul = node_of(product, "MatMul")
     weight = weight_of(matmul.inputs[1]) if matmul is not None else None
     tensor, shape, full = constant(bias), shapes.of(y), shapes.of(product)
     if weight is None or tensor is None or bias is None or shape is None or product is None:

@@ -29,7 +29,8 @@ from optimizer.graph import (
     replace_value,
     scalar,
 )
-from optimizer.raising.base import Miss, RuleReport, produced_by, site, sweep
+from optimizer.nodes import node_of
+from optimizer.raising.base import Miss, RuleReport, site, sweep
 from optimizer.raising.shapes import Shapes
 
 
@@ -96,12 +97,12 @@ def _raise(node: ir.Node, shapes: Shapes) -> bool | Miss:
 
 def _variance(root: ir.Node) -> tuple[ir.Node, float] | None:
     """(ReduceMean, eps) of Sqrt(ReduceMean(..) + eps)."""
-    total = produced_by(root.inputs[0], "Add")
+    total = node_of(root.inputs[0], "Add")
     if total is None:
-        mean = produced_by(root.inputs[0], "ReduceMean")
+        mean = node_of(root.inputs[0], "ReduceMean")
         return None if mean is None else (mean, 0.0)
     for index in (0, 1):
-        mean = produced_by(total.inputs[index], "ReduceMean")
+        mean = node_of(total.inputs[index], "ReduceMean")
         epsilon = scalar(total.inputs[1 - index])
         if mean is not None and epsilon is not None:
             return mean, float(epsilon)
@@ -110,7 +111,7 @@ def _variance(root: ir.Node) -> tuple[ir.Node, float] | None:
 
 def _squared(value: ir.Value | None) -> ir.Value | None:
     """The x of Pow(x, 2) or Mul(x, x)."""
-    node = produced_by(value, "Pow", "Mul")
+    node = node_of(value, "Pow", "Mul")
     if node is None or node.inputs[0] is None:
         return None
     if node.op_type == "Pow":
@@ -128,9 +129,9 @@ def _over_last_axis(node: ir.Node, rank: int) -> bool:
 def _core(root: ir.Node, source: ir.Value, epsilon: float, shapes: Shapes) -> _Core | None:
     centred = mean = None
     x = source
-    minus = produced_by(source, "Sub")
+    minus = node_of(source, "Sub")
     if minus is not None and minus.inputs[0] is not None:
-        reduce = produced_by(minus.inputs[1], "ReduceMean")
+        reduce = node_of(minus.inputs[1], "ReduceMean")
         shape = shapes.of(minus.inputs[0])
         same = reduce is not None and reduce.inputs[0] is minus.inputs[0]
         if reduce is not None and same and shape and _over_last_axis(reduce, len(shape)):
@@ -146,7 +147,7 @@ def _core(root: ir.Node, source: ir.Value, epsilon: float, shapes: Shapes) -> _C
         by_inverse = inverse is not None and user.op_type == "Mul"
         if (by_root or by_inverse) and user.inputs[1 - use.idx] in divided:
             output = user.outputs[0]
-    cast = produced_by(x, "Cast")
+    cast = node_of(x, "Cast")
     widened = cast is not None and cast.inputs[0] is not None and _is_float(cast.inputs[0])
     before = cast.inputs[0] if cast is not None and widened else x
     if before is None or (output is None and inverse is None):

@@ -20,7 +20,8 @@ import numpy as np
 import onnx_ir as ir
 
 from optimizer import graph as graphs
-from optimizer.raising.base import Miss, RuleReport, produced_by, site
+from optimizer.nodes import node_of
+from optimizer.raising.base import Miss, RuleReport, site
 
 _CONTRIB = "com.microsoft"
 _OFFSET = 128
@@ -136,12 +137,12 @@ def _fault(node: ir.Node) -> str | None:
 
 def _raise_floor(softmax: ir.Node) -> bool:
     """Drop a floor under the scores that is too low to matter."""
-    floor = produced_by(softmax.inputs[0], "Max")
+    floor = node_of(softmax.inputs[0], "Max")
     if softmax.op_type != "Softmax" or floor is None or len(floor.inputs) != 2:
         return False
     scores, least = floor.inputs
-    below = produced_by(least, "Sub")
-    top = None if below is None else produced_by(below.inputs[0], "ReduceMax")
+    below = node_of(least, "Sub")
+    top = None if below is None else node_of(below.inputs[0], "ReduceMax")
     if below is None or top is None or top.inputs[0] is not scores or scores is None:
         return False
     if (graphs.scalar(below.inputs[1]) or 0) < _LOW or len(top.inputs) < 2:
@@ -154,10 +155,10 @@ def _raise_floor(softmax: ir.Node) -> bool:
 
 def _raise_quotient(quantize: ir.Node) -> bool:
     """A product with an inverse is a quotient."""
-    product = produced_by(quantize.inputs[0], "Mul")
+    product = node_of(quantize.inputs[0], "Mul")
     if quantize.op_type != "QuantizeLinear" or product is None:
         return False
-    inverse = produced_by(product.inputs[1], "Reciprocal")
+    inverse = node_of(product.inputs[1], "Reciprocal")
     if inverse is None:
         return False
     product.op_type = "Div"

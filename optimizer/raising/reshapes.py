@@ -15,7 +15,8 @@ import numpy as np
 import onnx_ir as ir
 
 from optimizer.graph import add_initializer, const, constant, insert, replace_value
-from optimizer.raising.base import LocalRule, Miss, RuleReport, produced_by, sweep
+from optimizer.nodes import node_of
+from optimizer.raising.base import LocalRule, Miss, RuleReport, sweep
 from optimizer.raising.constants import make_initializer
 from optimizer.raising.dims import Shape
 from optimizer.raising.shapes import Shapes
@@ -107,7 +108,7 @@ def _reshape(node: ir.Node, shapes: Shapes) -> bool:
     if source is None or outer is None:
         return False
     sources = [source]
-    while (inner := produced_by(sources[-1], "Reshape", "Flatten", "Squeeze", "Unsqueeze")) and (
+    while (inner := node_of(sources[-1], "Reshape", "Flatten", "Squeeze", "Unsqueeze")) and (
         inner.inputs[0] is not None
     ):
         sources.append(inner.inputs[0])
@@ -197,7 +198,7 @@ def _restore(node: ir.Node, shapes: Shapes) -> bool:
 
     x (d1, .., dk, rest) -> (d1*..*dk, rest) -> rest permuted -> (d1, .., dk, permuted rest)
     """
-    before = produced_by(node.inputs[0], "Reshape")
+    before = node_of(node.inputs[0], "Reshape")
     users = {use.node for use in node.outputs[0].uses()}
     after = next((user for user in users if user.op_type == "Reshape"), None)
     perm = node.attributes.get_ints("perm", None)

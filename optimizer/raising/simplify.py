@@ -11,7 +11,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from optimizer.graph import const, constant, insert, replace_value, scalar
-from optimizer.raising.base import LocalRule, RuleReport, produced_by, sweep
+from optimizer.nodes import node_of
+from optimizer.raising.base import LocalRule, RuleReport, sweep
 from optimizer.raising.reshapes import bypass
 
 _MAX_SWEEPS = 8
@@ -67,7 +68,7 @@ def _transpose(node: ir.Node) -> bool:
         return False
     if list(perm) == list(range(len(perm))):
         return bypass(node)
-    inner = produced_by(node.inputs[0], "Transpose")
+    inner = node_of(node.inputs[0], "Transpose")
     first = None if inner is None else inner.attributes.get_ints("perm", None)
     if inner is None or first is None or inner.inputs[0] is None:
         return False
