@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from optimizer import graph as graphs
-from optimizer.nodes import dims, node_of, operands, other, users
+from optimizer.nodes import dims, node_of, operand, operands, other, users
 from optimizer.norm_parts import NORMS, norm
 from optimizer.quantized_parts import (
     fed_by,
@@ -23,7 +23,6 @@ from optimizer.quantized_parts import (
 )
 from optimizer.structure import Attention, Linear, Mlp, Norm
 
-_ROUTING = frozenset({"TopK", "NonZero", "ScatterND", "GatherElements", "ScatterElements"})
 _UNARY = frozenset(
     {
         "Celu", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu",
@@ -191,8 +190,6 @@ def mlp(down: Linear) -> Mlp | str:
             continue
         if node is None or node.domain != "" or len(inner) >= _MAX_INNER:
             return "the MLP does not start with a linear layer"
-        if node.op_type in _ROUTING:
-            return "mixture of experts"
         if node.op_type not in _UNARY | _BINARY:
             return f"{node.op_type} inside the MLP"
         inner[node] = None
@@ -268,11 +265,13 @@ def attention(node: ir.Node) -> Attention | str:
     source = q.linear.input
     if k.linear.input is not source or v.linear.input is not source:
         return "query, key and value read different values (cross-attention)"
-    o = _output_projection(node)
+    o = projection_of(node.outputs[0])
     if o is None:
         return "the output is not read by exactly one linear projection"
     size, value_size = width(q.linear) // heads, width(v.linear) // kv_heads
-    if width(k.linear) != size * kv_heads or value_size != size:
+    if k.repeats != v.repeats:
+        return "keys and values are repeated differently"
+    if width(k.linear) * k.repeats != size * kv_heads or value_size * v.repeats != size:
         return "query, key and value heads have different sizes"
     present_key, present_value = (*node.outputs[1:3], None, None)[:2]
     extra = (*node.inputs[3:], None, None, None)
@@ -283,7 +282,7 @@ def attention(node: ir.Node) -> Attention | str:
         softcap=node.attributes.get_float("softcap", 0.0),
         mask=extra[0], is_causal=bool(node.attributes.get_int("is_causal", 0)),
         past_key=extra[1], past_value=extra[2],
-        present_key=present_key, present_value=present_value,
+        present_key=present_key, present_value=present_value, repeats=k.repeats,
     )  # fmt: skip
 
 
@@ -292,6 +291,7 @@ class _Side:
     linear: Linear
     norm: Norm | None
     rotary: ir.Node | None
+    repeats: int = 1
 
 
 def _side(value: ir.Value | None) -> _Side | None:
@@ -304,8 +304,23 @@ def _side(value: ir.Value | None) -> _Side | None:
     found = _head_norm(value)
     if found is not None:
         value = _under_reshape(found.input)
+    value, repeats = _unrepeated(value)
     projection = linear(value)
-    return None if projection is None else _Side(projection, found, rotary)
+    return None if projection is None else _Side(projection, found, rotary, repeats)
+
+
+def _unrepeated(value: ir.Value) -> tuple[ir.Value, int]:
+    """(x, n) of ``Reshape(Expand(Reshape(x, [.., 1, c]), [.., n, c]), [.., n*c])``, else n = 1."""
+    expand = node_of(_under_reshape(value), "Expand")
+    split = None if expand is None else node_of(expand.inputs[0], "Reshape")
+    if expand is None or split is None or split.inputs[0] is None:
+        return value, 1
+    shapes = [v.shape for v in (expand.inputs[0], expand.outputs[0]) if v is not None]
+    narrow, wide = (
+        shape.dims[-2] if shape is not None and len(shape) == 5 else None for shape in shapes
+    )
+    known = narrow == 1 and isinstance(wide, int)
+    return (split.inputs[0], wide) if known and isinstance(wide, int) else (value, 1)
 
 
 def _head_norm(value: ir.Value) -> Norm | None:
@@ -318,24 +333,8 @@ def _under_reshape(value: ir.Value) -> ir.Value:
     return value if reshape is None or reshape.inputs[0] is None else reshape.inputs[0]
 
 
-def _output_projection(node: ir.Node) -> Linear | None:
-    value = node.outputs[0]
+def projection_of(value: ir.Value) -> Linear | None:
+    """The one linear layer that reads ``value``, None if anything else reads it too."""
     found = linear_reading(value) or fed_by(value)
     readers = {use.node for use in value.uses()}
     return found[0] if len(found) == 1 and readers <= reads(found[0]) else None
-
-
-def routes_experts(end: ir.Value) -> bool:
-    """Whether ``end`` depends on a routing operator within the last few nodes."""
-    pending, seen = [end], set[ir.Node]()
-    while pending and len(seen) < 60:
-        node = pending.pop(0).producer()
-        if node is None or node in seen:
-            continue
-        if node.op_type in _ROUTING:
-            return True
-        if norm(node.outputs[0]) is not None:
-            continue
-        seen.add(node)
-        pending.extend(v for v in node.inputs if v is not None)
-    return False

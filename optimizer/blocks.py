@@ -5,23 +5,27 @@ Passes ask ``find_blocks`` and never match subgraphs themselves.
 The search starts at each Attention node and follows its output projection to the residual add. The
 other operand of that add is the stream, and tells the style: the input of the norm before the
 projections (pre-norm), the value the projections read themselves (post-norm), or a sum with an MLP
-that reads the same stream (parallel).
+that reads the same stream (parallel). Between attention and MLP a decoder layer may attend to an
+encoder's output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
 from optimizer import block_parts as parts
+from optimizer import special_parts as special
 from optimizer.nodes import node_of, operands, other, users
 from optimizer.norm_parts import norm, norms_reading
 from optimizer.quantized_parts import weight_of
 from optimizer.structure import (
     Attention,
     Block,
+    CrossAttention,
+    Experts,
     Linear,
     Mlp,
     Norm,
@@ -33,6 +37,8 @@ from optimizer.structure import (
 __all__ = [
     "Attention",
     "Block",
+    "CrossAttention",
+    "Experts",
     "Linear",
     "Mlp",
     "Norm",
@@ -51,7 +57,7 @@ def find_blocks(model: ir.Model) -> Structure:
         unfamiliar graph.
     """
     blocks: list[Block] = []
-    misses: list[tuple[str, str]] = []
+    misses: dict[ir.Node, tuple[str, str]] = {}
     for node in model.graph:
         if node.domain != "":
             continue
@@ -60,10 +66,13 @@ def find_blocks(model: ir.Model) -> Structure:
             if isinstance(found, Block):
                 blocks.append(found)
             else:
-                misses.append((node.name or "Attention", found))
+                misses[node] = (node.name or "Attention", found)
         elif node.op_type == "Softmax" and _weighs_values(node):
-            misses.append((node.name or "Softmax", "the attention was not recognised"))
-    return Structure(tuple(blocks), tuple(misses))
+            misses[node] = (node.name or "Softmax", "the attention was not recognised")
+    for block in blocks:
+        if block.cross is not None:  # it is a part of its layer, and no layer of its own
+            misses.pop(block.cross.node, None)
+    return Structure(tuple(blocks), tuple(misses.values()))
 
 
 def _weighs_values(softmax: ir.Node) -> bool:
@@ -89,10 +98,11 @@ class _Tail:
     output: ir.Value
     attention_norm: Norm
     mlp_norm: Norm
-    mlp: Mlp
+    mlp: Mlp | Experts
     attention_add: ir.Node
     mlp_add: ir.Node
     extras: tuple[str, ...]
+    cross: CrossAttention | None = None
 
 
 def _block(node: ir.Node, index: int) -> Block | str:
@@ -113,6 +123,10 @@ def _block(node: ir.Node, index: int) -> Block | str:
 
 def _assemble(index: int, attention: Attention, branch: parts.Branch, tail: _Tail) -> Block:
     extras = [*branch.extras, *tail.extras]
+    if tail.cross is not None:
+        extras.append("cross-attention")
+    if attention.repeats > 1:
+        extras.append("keys and values are repeated before the cache")
     linears = (attention.q, attention.k, attention.v, attention.o, *_linears(tail.mlp))
     if any(node_of(layer.weight, "DequantizeLinear") for layer in linears):
         extras.append("quantized weights")
@@ -130,11 +144,14 @@ def _assemble(index: int, attention: Attention, branch: parts.Branch, tail: _Tai
         mlp=tail.mlp,
         attention_add=tail.attention_add,
         mlp_add=tail.mlp_add,
+        cross=tail.cross,
         extras=tuple(dict.fromkeys(extras)),
     )
 
 
-def _linears(mlp: Mlp) -> tuple[Linear, ...]:
+def _linears(mlp: Mlp | Experts) -> tuple[Linear, ...]:
+    if isinstance(mlp, Experts):
+        return ()
     return (mlp.up, mlp.down) if mlp.gate is None else (mlp.up, mlp.gate, mlp.down)
 
 
@@ -156,6 +173,14 @@ def _tail(attention: Attention, branch: parts.Branch, add: ir.Node) -> _Tail | s
 def _sequential(before: Norm, add: ir.Node) -> _Tail | str:
     """``h = x + a`` came first: pre-norm, or parallel when the MLP reads x."""
     hidden, stream = add.outputs[0], before.input
+    cross = _crossed(hidden)
+    if cross is not None:
+        found = _sequential_mlp(before, add, cross.output, stream)
+        return replace(found, cross=cross) if isinstance(found, _Tail) else found
+    return _sequential_mlp(before, add, hidden, stream)
+
+
+def _sequential_mlp(before: Norm, add: ir.Node, hidden: ir.Value, stream: ir.Value) -> _Tail | str:
     reason = "no MLP adds to the stream after the attention"
     for second in users(hidden, "Add"):
         found = _mlp_branch(other(second, hidden))
@@ -174,6 +199,38 @@ def _sequential(before: Norm, add: ir.Node) -> _Tail | str:
         else:
             reason = "the MLP's norm reads neither the block's input nor the attention's sum"
     return reason
+
+
+def _crossed(hidden: ir.Value) -> CrossAttention | None:
+    """``h + cross(n(h))``: the attention of a pre-norm layer to an encoder's output."""
+    for add in users(hidden, "Add"):
+        found = special.crossing_before(other(add, hidden))
+        before = None if found is None else norm(found.q.input)
+        if found is not None and before is not None and before.input is hidden:
+            return _cross_view(found, before, add, add.outputs[0])
+    return None
+
+
+def _crossed_after(hidden: ir.Value) -> CrossAttention | None:
+    """``n(h + cross(h))``: the same of a post-norm layer."""
+    for add in users(hidden, "Add"):
+        found = special.crossing_before(other(add, hidden))
+        if found is None or found.q.input is not hidden:
+            continue
+        after = next(norms_reading(add.outputs[0]), None)
+        if after is not None:
+            return _cross_view(found, after, add, after.output)
+    return None
+
+
+def _cross_view(
+    found: special.Crossing, norm_: Norm, add: ir.Node, output: ir.Value
+) -> CrossAttention:
+    return CrossAttention(
+        found.node, norm_, found.q, found.k, found.v, found.o,
+        heads=found.heads, kv_heads=found.kv_heads, head_dim=found.head_dim,
+        add=add, output=output,
+    )  # fmt: skip
 
 
 def _joined(before: Norm, add: ir.Node, rest: ir.Value) -> _Tail | str:
@@ -206,37 +263,47 @@ def _post_norm(add: ir.Node, source: ir.Value) -> _Tail | str:
     """``h = n1(x + a)``, ``y = n2(h + mlp(h))``."""
     reason = "no norm after the attention's sum"
     for first in norms_reading(add.outputs[0]):
-        hidden = first.output
-        reason = "no MLP adds to the stream after the attention"
-        for second in users(hidden, "Add"):
-            found = _mlp_branch(other(second, hidden))
-            if isinstance(found, str):
-                reason = found
-                continue
-            mlp, _, extras = found
-            if mlp.up.input is not hidden:
-                reason = "the MLP reads another value than the stream"
-                continue
-            last = next(norms_reading(second.outputs[0]), None)
-            if last is None:
-                reason = "no norm after the MLP's sum"
-                continue
-            return _Tail(
-                Style.POST_NORM, hidden, last.output, first, last, mlp, add, second, extras
-            )
+        cross = _crossed_after(first.output)
+        found = _post_norm_mlp(first, add, first.output if cross is None else cross.output)
+        if isinstance(found, _Tail):
+            return replace(found, cross=cross)
+        reason = found
     if reason == "no norm after the attention's sum" and norm(source) is None:
         return "neither a norm before the attention nor one after its sum"
     return reason
 
 
-def _mlp_branch(end: ir.Value) -> tuple[Mlp, Norm | None, tuple[str, ...]] | str:
-    """The MLP whose branch ends in ``end``, and the norm it reads from."""
+def _post_norm_mlp(first: Norm, add: ir.Node, hidden: ir.Value) -> _Tail | str:
+    reason = "no MLP adds to the stream after the attention"
+    for second in users(hidden, "Add"):
+        found = _mlp_branch(other(second, hidden))
+        if isinstance(found, str):
+            reason = found
+            continue
+        mlp, _, extras = found
+        if _reads(mlp) is not hidden:
+            reason = "the MLP reads another value than the stream"
+            continue
+        last = next(norms_reading(second.outputs[0]), None)
+        if last is None:
+            reason = "no norm after the MLP's sum"
+            continue
+        output = last.output
+        return _Tail(Style.POST_NORM, hidden, output, first, last, mlp, add, second, extras)
+    return reason
+
+
+def _reads(mlp: Mlp | Experts) -> ir.Value:
+    return mlp.input if isinstance(mlp, Experts) else mlp.up.input
+
+
+def _mlp_branch(end: ir.Value) -> tuple[Mlp | Experts, Norm | None, tuple[str, ...]] | str:
+    """The MLP (or mixture of them) whose branch ends in ``end``, and the norm it reads from."""
     found = parts.backward_linear(end, "MLP")
-    if found is None:
-        routed = parts.routes_experts(end)
-        return "mixture of experts" if routed else "the branch does not end in a linear layer"
-    down, extras = found
-    mlp = parts.mlp(down)
-    if isinstance(mlp, str):
-        return mlp
-    return mlp, norm(mlp.up.input), extras
+    mlp = None if found is None else parts.mlp(found[0])
+    if found is not None and isinstance(mlp, Mlp):
+        return mlp, norm(mlp.up.input), found[1]
+    routed = special.experts(end)
+    if isinstance(routed, Experts):
+        return routed, norm(routed.input), ("mixture of experts",)
+    return routed or (mlp if isinstance(mlp, str) else "the branch does not end in a linear layer")

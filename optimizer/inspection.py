@@ -11,7 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from optimizer import graph
-from optimizer.blocks import Block, find_blocks
+from optimizer.blocks import Block, Experts, Linear, Mlp, find_blocks
 from optimizer.fusion.cache import KV_GROUPS_KEY
 from optimizer.fusion.legality import GROUP_KEY
 from optimizer.model_io import external_files, hash_file, load_model
@@ -101,8 +101,14 @@ def _facts(model: ir.Model, key: str) -> dict[str, Any] | None:
 
 def _block(block: Block) -> dict[str, Any]:
     attention, mlp = block.attention, block.mlp
-    linears = [attention.q, attention.k, attention.v, attention.o, mlp.up, mlp.gate, mlp.down]
+    linears: list[Linear | None] = [attention.q, attention.k, attention.v, attention.o]
+    if isinstance(mlp, Mlp):
+        linears += [mlp.up, mlp.gate, mlp.down]
+    if block.cross is not None:
+        linears += [block.cross.q, block.cross.k, block.cross.v, block.cross.o]
     values = [v for layer in linears if layer for v in (stored(layer.weight), layer.bias)]
+    if isinstance(mlp, Experts):
+        values += dict.fromkeys(v for node in mlp.nodes for v in node.inputs)
     tensors = [tensor for v in values if (tensor := graph.constant(v)) is not None]
     members = attention.node.metadata_props.get(GROUP_KEY)
     return {
@@ -119,7 +125,14 @@ def _block(block: Block) -> dict[str, Any]:
         "rotary": attention.q_rotary is not None,
         "kv_cache": attention.past_key is not None,
         "causal": attention.is_causal,
-        "mlp": "gated" if mlp.gate is not None else "plain",
-        "activation": mlp.activation,
+        "mlp": _mlp_kind(mlp),
+        "activation": None if isinstance(mlp, Experts) else mlp.activation,
+        "cross_attention": block.cross is not None,
         "extras": list(block.extras),
     }
+
+
+def _mlp_kind(mlp: Mlp | Experts) -> str:
+    if isinstance(mlp, Experts):
+        return "experts"
+    return "gated" if mlp.gate is not None else "plain"

@@ -124,6 +124,8 @@ class Attention:
         mask: Attention mask value, or None.
         is_causal: The node's own causal flag.
         past_key, past_value, present_key, present_value: KV cache, or None.
+        repeats: How often an exporter repeats each head of keys and values before they are cached;
+            ``kv_heads`` counts them after that.
     """
 
     node: ir.Node
@@ -146,6 +148,7 @@ class Attention:
     past_value: ir.Value | None
     present_key: ir.Value | None
     present_value: ir.Value | None
+    repeats: int = 1
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,48 @@ class Mlp:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in the place of an MLP: a router chooses, per token, what computes it.
+
+    Attributes:
+        input: What router and experts read: the output of a norm.
+        output: Their weighted sum, before the residual add.
+        nodes: Everything between the two, unordered.
+    """
+
+    input: ir.Value
+    output: ir.Value
+    nodes: frozenset[ir.Node]
+
+
+@dataclass(frozen=True)
+class CrossAttention:
+    """The attention of a decoder layer to what an encoder gave.
+
+    Attributes:
+        node: Attention in 3-D form.
+        norm: Before the query (pre-norm), or after the sum (post-norm).
+        q, o: The projections of query and result.
+        k, v: The projections of keys and values; None where a complete cache holds them.
+        heads, kv_heads, head_dim: H, Hkv, c.
+        add: The residual add.
+        output: The stream after it, and after the norm in a post-norm layer.
+    """
+
+    node: ir.Node
+    norm: Norm
+    q: Linear
+    k: Linear | None
+    v: Linear | None
+    o: Linear
+    heads: int
+    kv_heads: int
+    head_dim: int
+    add: ir.Node
+    output: ir.Value
+
+
+@dataclass(frozen=True)
 class Block:
     """One transformer layer.
 
@@ -181,8 +226,9 @@ class Block:
             blocks.
         attention_add, mlp_add: The add that the attention's and the MLP's result reaches first; one
             and the same for a parallel block x + (attn + mlp).
+        cross: The attention to an encoder's output between attention and MLP, or None.
         extras: Anything not plain, as reasons a pass can print: "norm after attention",
-            "layer scale", "mixture of experts", "residual scale", ...
+            "layer scale", "mixture of experts", "cross-attention", "residual scale", ...
     """
 
     index: int
@@ -193,10 +239,23 @@ class Block:
     attention_norm: Norm
     mlp_norm: Norm
     attention: Attention
-    mlp: Mlp
+    mlp: Mlp | Experts
     attention_add: ir.Node
     mlp_add: ir.Node
+    cross: CrossAttention | None = None
     extras: tuple[str, ...] = ()
+
+    @property
+    def dense(self) -> Mlp:
+        """The MLP of a block without experts; who asks has looked at ``mlp`` or ``extras``.
+
+        Raises:
+            ValueError: The block has experts.
+        """
+        if isinstance(self.mlp, Experts):
+            msg = f"layer {self.index} is a mixture of experts"
+            raise ValueError(msg)  # noqa: TRY004 - not a matter of the argument's type
+        return self.mlp
 
     @property
     def hidden_size(self) -> int:

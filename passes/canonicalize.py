@@ -20,10 +20,12 @@ from optimizer.pass_base import Context, Exactness, GraphPass, PassOptions, Repo
 from optimizer.raising import (
     activations,
     attention,
+    batches,
     broadcasts,
     constants,
     cse,
     dynamic_tanh,
+    grouped,
     inline,
     linears,
     norms,
@@ -82,7 +84,10 @@ def heads(model: ir.Model) -> RuleReport:
     """
     applied, report = 0, RuleReport()
     for _ in range(_MAX_ROUNDS):
-        rules = (rotary.run, attention.run, clean, linears.run, rows.run, packed.run)
+        rules = (
+            rotary.run, attention.run, grouped.run, clean, linears.run, rows.run, batches.run,
+            packed.run,
+        )  # fmt: skip
         reports = [rule(model) for rule in rules]
         applied += sum(each.applied for each in reports)
         report = RuleReport.total(reports)

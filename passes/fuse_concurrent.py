@@ -34,7 +34,7 @@ from optimizer.fusion import fold_norm, pack_beside, pack_stacked
 from optimizer.fusion.legality import linears
 from optimizer.graph import constant, insert, only_user, remove_dead, replace_value
 from optimizer.pass_base import Context, Exactness, GraphPass, PassOptions, Report, Skip
-from optimizer.structure import Block, Linear, Style
+from optimizer.structure import Block, Linear, Mlp, Style
 
 Choice = Literal["auto", "always", "never"]
 
@@ -110,7 +110,7 @@ class FuseConcurrent(GraphPass[Options]):
         tokens = self.options.tokens or _tokens(model, blocks)
         judge, log = _Judge(self.options, context.target, tokens), _Log()
         for block in blocks:
-            if block.style is Style.PARALLEL:
+            if block.style is Style.PARALLEL and isinstance(block.mlp, Mlp):
                 _stack(graph, block, judge, log)
                 _merge_norms(graph, block, judge)
         order = {node: i for i, node in enumerate(graph)}
@@ -217,7 +217,7 @@ def _reason(siblings: Sequence[Linear]) -> str | None:
 
 def _stack(graph: ir.Graph, block: Block, judge: _Judge, log: _Log) -> None:
     """Output and down projection of a parallel block."""
-    pair = (block.attention.o, block.mlp.down)
+    pair = (block.attention.o, block.dense.down)
     last = block.output.producer()
     if last is None:
         return

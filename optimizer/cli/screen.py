@@ -308,7 +308,7 @@ def _block_text(block: dict[str, Any]) -> str:
         heads += f" ({block['kv_heads']} KV)"
     traits = [
         f"{block['style']}, {block['norm']} norm, width {block['hidden']}, {heads}",
-        f"{block['mlp']} {block['activation']} MLP",
+        "experts" if block["activation"] is None else f"{block['mlp']} {block['activation']} MLP",
     ]
     traits += [name for name in ("rotary", "kv_cache", "causal") if block[name]]
     traits += block["extras"]

@@ -84,8 +84,8 @@ def decoder(model: Any, *, kv_cache: bool) -> tuple[Any, Signature]:
         return Decoder(model, positions=positions), signature
     past, names = [], []
     for layer, (key_heads, key_width, value_heads, value_width) in enumerate(cache_shapes(model)):
-        past.append(torch.zeros(_B, key_heads, _P, key_width))
-        past.append(torch.zeros(_B, value_heads, _P, value_width))
+        past.append(torch.zeros(_B, key_heads, _P, key_width, dtype=model.dtype))
+        past.append(torch.zeros(_B, value_heads, _P, value_width, dtype=model.dtype))
         names += [f"{layer}.key", f"{layer}.value"]
     axes |= {f"past_key_values.{name}": {0: _BATCH, 2: _PAST} for name in names}
     signature = Signature(
@@ -128,7 +128,8 @@ def vision(model: Any, outputs: list[str]) -> tuple[Any, Signature]:
     config = getattr(model.config, "vision_config", model.config)
     size = config.image_size
     height, width = (size, size) if isinstance(size, int) else tuple(size)
-    pixels = torch.zeros(_B, getattr(config, "num_channels", 3), height, width)
+    channels = getattr(config, "num_channels", 3)
+    pixels = torch.zeros(_B, channels, height, width, dtype=model.dtype)
     dynamic = torch.export.Dim.DYNAMIC
     return _named(
         model, {"pixel_values": pixels}, outputs, {"pixel_values": {0: _BATCH}}, {0: dynamic}

@@ -108,7 +108,7 @@ def _attention_out(block: Block) -> Affine:
 
 
 def _mlp_out(block: Block) -> Affine:
-    return Affine.of(block.mlp.down, gain=_gain(block.mlp.down, block.mlp_add))
+    return Affine.of(block.dense.down, gain=_gain(block.dense.down, block.mlp_add))
 
 
 def _attention(w: Writer, members: Sequence[Block], x: ir.Value) -> tuple[ir.Value, ir.Node]:
@@ -198,7 +198,7 @@ def _head_norm(w: Writer, x: ir.Value, parts: Sequence[_HeadNorm], name: str) ->
 def _symmetric(w: Writer, members: Sequence[Block], context: ir.Value) -> ir.Value:
     a = w.linear(context, stacked([_attention_out(b) for b in members], "o"), "o")
     h = w.op("Add", [_stream(members), a], "hidden")
-    norm = members[0].mlp_norm
+    norm = members[0].dense_norm
     inner = _mlp(w, members, w.norm(norm, h, unit_scale(w.graph, norm.scale), "norm2"))
     return w.op("Add", [h, _down(w, members, inner)], "output")
 
@@ -219,11 +219,11 @@ def _parallel(
 
 def _mlp(w: Writer, members: Sequence[Block], x: ir.Value) -> ir.Value:
     """The wide MLP up to the input of its last projection."""
-    first = members[0].mlp
-    up = [Affine.of(b.mlp.up, b.mlp_norm) for b in members]
+    first = members[0].dense
+    up = [Affine.of(b.dense.up, b.mlp_norm) for b in members]
     mapping = {first.up.output: w.linear(x, beside(up, "up"), "up")}
     if first.gate is not None:
-        gate = [Affine.of(b.mlp.gate, b.mlp_norm) for b in members if b.mlp.gate is not None]
+        gate = [Affine.of(b.dense.gate, b.mlp_norm) for b in members if b.dense.gate is not None]
         mapping[first.gate.output] = w.linear(x, beside(gate, "gate"), "gate")
     w.copy(first.inner, mapping)
     return mapping[first.down.input]
@@ -247,7 +247,7 @@ def _bypassed(
     hidden, total = _streams(early, x, attended, distance)
     for h, block in zip(hidden, members, strict=True):
         block.mlp_norm.node.replace_input_with(0, h)
-    inner = late.op("Concat", [block.mlp.down.input for block in members], "inner", {"axis": -1})
+    inner = late.op("Concat", [block.dense.down.input for block in members], "inner", {"axis": -1})
     return late.op("Add", [total, _down(late, members, inner)], "output")
 
 

@@ -31,7 +31,7 @@ def refusal(members: Sequence[Block]) -> str | None:
 
 def linears(block: Block) -> tuple[Linear, ...]:
     """All linear layers of a block: q, k, v, o, up, gate (if any), down."""
-    a, m = block.attention, block.mlp
+    a, m = block.attention, block.dense
     gate = () if m.gate is None else (m.gate,)
     return (a.q, a.k, a.v, a.o, m.up, *gate, m.down)
 
@@ -101,6 +101,7 @@ _EXTRAS = {
     "mixture of experts": "mixture of experts; the routers of two layers cannot become one",
     "norm after attention": "a norm between the attention and its residual add (sandwich norm)",
     "norm after MLP": "a norm between the MLP and its residual add (sandwich norm)",
+    "cross-attention": "attention to an encoder's output, which groups do not hold",
     "quantized weights": "quantized weights; group before quantization",
     "attention scores are read": "the attention scores are read",
 }
@@ -108,7 +109,7 @@ _EXTRAS = {
 
 def _gains(block: Block) -> tuple[object, object] | None:
     after_attention = gain_after(block.attention.o, block.attention_add)
-    after_mlp = gain_after(block.mlp.down, block.mlp_add)
+    after_mlp = gain_after(block.dense.down, block.mlp_add)
     if after_attention is None or after_mlp is None:
         return None
     return after_attention, after_mlp
@@ -226,7 +227,7 @@ def activation_signature(block: Block) -> object | None:
     Returns:
         None if a constant of more than one element takes part, which would have to be concatenated.
     """
-    mlp = block.mlp
+    mlp = block.dense
     names: dict[int, object] = {id(mlp.up.output): "up"}
     if mlp.gate is not None:
         names[id(mlp.gate.output)] = "gate"

@@ -2,7 +2,8 @@
 
 Rewrite:      GatherND(m, grid of all indices (i, j, ...)) -> Unsqueeze(m), cut by Slice to the
               lengths of the grid where those are not proven to be m's own;
-              Unsqueeze(Unsqueeze(x)) -> Unsqueeze(x); x And true -> x
+              Unsqueeze(Unsqueeze(x)) -> Unsqueeze(x); x And true -> x;
+              Tile along axes of size 1 -> Expand
 Applies when: the grid is a Concat of Range(0, n, 1), one per axis of m, each along one axis of the
               result, in order; the result has no other axis longer than 1
 Exactness:    bitwise. A lookup beyond the end of m fails; a cut does not, and the shorter mask is
@@ -29,6 +30,7 @@ def run(model: ir.Model) -> RuleReport:
         "GatherND": lambda node: _gather(shapes, node),
         "Unsqueeze": lambda node: _unsqueeze(shapes, node),
         "And": _and,
+        "Tile": lambda node: _tile(shapes, node),
     }
     return sweep(model, rules)
 
@@ -42,6 +44,24 @@ def _and(node: ir.Node) -> bool:
         if len(other.shape) <= len(value.shape) and scalar(other) is not None and scalar(other):
             return bypass(node, kept)
     return False
+
+
+def _tile(shapes: Shapes, node: ir.Node) -> bool:
+    """Repeats of what has one element along the axis are a broadcast."""
+    source, repeats = shapes.of(operand(node)), shapes.vector(operand(node, 1))
+    if source is None or repeats is None or len(source) != len(repeats):
+        return False
+    if any(count != 1 and size != 1 for size, count in zip(source, repeats, strict=True)):
+        return False
+    graph, output = node.graph, node.outputs[0]
+    if not isinstance(graph, ir.Graph):
+        return False
+    new = insert(
+        graph, node, "Expand", node.inputs[:2], name=output.name, dtype=output.dtype,
+        shape=output.shape,
+    )  # fmt: skip
+    replace_value(output, new, keep_name=True)
+    return True
 
 
 def _axes(shapes: Shapes, node: ir.Node) -> list[int] | None:

@@ -17,14 +17,14 @@ from optimizer.nodes import dims, node_of, operand
 from optimizer.raising.base import RuleReport
 from optimizer.raising.shapes import Shapes
 
-_UNARY = frozenset(
+UNARY = frozenset(
     {
         "Abs", "Cast", "Celu", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish",
         "Identity", "LeakyRelu", "Log", "Mish", "Neg", "Reciprocal", "Relu", "Selu", "Sigmoid",
         "Softplus", "Softsign", "Sqrt", "Swish", "Tanh",
     }
 )  # fmt: skip
-_BINARY = frozenset({"Add", "Div", "Max", "Min", "Mul", "Pow", "Sub"})
+BINARY = frozenset({"Add", "Div", "Max", "Min", "Mul", "Pow", "Sub"})
 _NORMS = frozenset({"LayerNormalization", "RMSNormalization"})
 
 
@@ -81,10 +81,10 @@ def _move(graph: ir.Graph, shapes: Shapes, node: ir.Node) -> bool:
 def _inputs_before(shapes: Shapes, node: ir.Node) -> list[ir.Value | None] | None:
     """The inputs with which the node gives the same rows before they are flattened."""
     inputs = list(node.inputs)
-    if node.op_type in _UNARY or node.op_type in _NORMS or node.op_type == "MatMul":
+    if node.op_type in UNARY or node.op_type in _NORMS or node.op_type == "MatMul":
         source = _flattened(shapes, inputs[0])
         return [source, *inputs[1:]] if source is not None and _rowwise(node) else None
-    if node.op_type not in _BINARY or len(inputs) != 2:
+    if node.op_type not in BINARY or len(inputs) != 2:
         return None
     sources = [_flattened(shapes, value) for value in inputs]
     if sources[0] is not None and sources[1] is not None:

@@ -128,19 +128,28 @@ class Tables:
             return self._is_doubled(operand(node), paired, depth - 1)
         return False
 
-    def _repeated(self, reshape: ir.Node) -> ir.Value | None:
-        """The f [..., n] of Reshape(Expand(Unsqueeze(f, -1), [..., n, 2]), [..., 2n])."""
+    def _repeated(self, reshape: ir.Node) -> tuple[ir.Value, list[int]] | None:
+        """(f, axes) of Reshape(Expand(Unsqueeze(f, -1), [..., n, 2]), [..., 2n]).
+
+        f is [..., n] once the axes of size 1 at ``axes``, which the same Unsqueeze adds, are in it.
+        """
         expand = node_of(reshape.inputs[0], "Expand")
         below = None if expand is None else node_of(expand.inputs[0], "Unsqueeze", "Reshape")
         if expand is None or below is None:
             return None
         source, wide = self._shapes.of(below.inputs[0]), self._shapes.of(expand.outputs[0])
         narrow = self._shapes.of(expand.inputs[0])
-        if source is None or wide != (*source, 2) or narrow != (*source, 1):
+        if source is None or narrow is None or narrow[-1] != 1 or wide != (*narrow[:-1], 2):
             return None
-        result = self._shapes.of(reshape.outputs[0])
-        doubled = (*source[:-1], dims_.multiply(source[-1], 2))
-        return operand(below) if result == doubled else None
+        result, single = self._shapes.of(reshape.outputs[0]), narrow[:-1]
+        if result != (*single[:-1], dims_.multiply(single[-1], 2)):
+            return None
+        if single == source:
+            return operand(below), []
+        added = axes_of(below, 1) if below.op_type == "Unsqueeze" else None
+        if added is None:
+            return None
+        return operand(below), sorted({axis % len(narrow) for axis in added} - {len(single)})
 
     @staticmethod
     def _elementwise(node: ir.Node) -> ir.Value | None:
@@ -180,7 +189,7 @@ class Tables:
         elif node.op_type == "Concat":
             result = operand(node)
         elif node.op_type == "Reshape" and (repeated := self._repeated(node)) is not None:
-            result = repeated
+            result = self._with_axes(*repeated, anchor)
         else:
             source = self._elementwise(node) or operand(node)
             narrow = self._half(source, paired, anchor)
@@ -191,6 +200,16 @@ class Tables:
             )
         self._halves[value, paired] = result
         return result
+
+    def _with_axes(self, value: ir.Value, axes: list[int], anchor: ir.Node) -> ir.Value:
+        """``value`` with axes of size 1 added."""
+        if not axes:
+            return value
+        where = graphs.add_initializer(self._graph, "table_axes", np.array(axes, np.int64))
+        name = f"{value.name}_wide"
+        return graphs.insert(
+            self._graph, anchor, "Unsqueeze", [value, where], name=name, dtype=value.dtype
+        )
 
     def full(
         self,

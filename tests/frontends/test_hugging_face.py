@@ -8,13 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import families
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
 import transformers
-import zoo
 
 from optimizer.errors import MissingDependencyError, ModelError, OptionError, UnsupportedError
 from optimizer.frontends import export_hugging_face, hugging_face, is_model_spec
@@ -27,10 +27,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders as ``save_pretrained`` writes them, one per zoo entry used here."""
     root = tmp_path_factory.mktemp("hf")
     for name in ("llama", "roberta", "vit"):
-        zoo.make_model(zoo.ZOO[name]).save_pretrained(root / name)
-    options = dict(zoo.ZOO["bert"].options)
+        families.make_model(families.FAMILIES[name]).save_pretrained(root / name)
+    options = dict(families.FAMILIES["bert"].options)
     transformers.BertForMaskedLM(transformers.BertConfig(**options)).save_pretrained(root / "mlm")
-    text, vision = zoo.ZOO["clip-text"].options, zoo.ZOO["clip-vision"].options
+    text, vision = families.FAMILIES["clip-text"].options, families.FAMILIES["clip-vision"].options
     both = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
     transformers.CLIPModel(both).eval().save_pretrained(root / "clip")
     return root
@@ -73,8 +73,10 @@ def test_decoder_folder_gives_logits_and_named_dimensions(llama: Path) -> None:
         "position_ids": plane,
     }
     assert shapes(model.graph.outputs) == {"logits": "[batch,sequence,99]"}
-    feeds = zoo.make_feeds(zoo.ZOO["llama"])
-    assert_close(run(llama, feeds), zoo.torch_outputs(zoo.ZOO["llama"], False, feeds))
+    feeds = families.make_feeds(families.FAMILIES["llama"])
+    assert_close(
+        run(llama, feeds), families.torch_outputs(families.FAMILIES["llama"], False, feeds)
+    )
 
 
 def test_decoder_with_cache_prefills_and_decodes_like_one_full_run(
@@ -87,9 +89,9 @@ def test_decoder_with_cache_prefills_and_decodes_like_one_full_run(
     assert dims["attention_mask"] == "[batch,total_sequence]"
     assert dims["past_key_values.1.value"] == "[batch,2,past_sequence,16]"
     assert dims["present.1.value"] == "[batch,2,total_sequence,16]"
-    feeds = zoo.make_feeds(zoo.ZOO["llama"], batch=2, sequence=7)
+    feeds = families.make_feeds(families.FAMILIES["llama"], batch=2, sequence=7)
     feeds["attention_mask"][:] = 1
-    whole = zoo.torch_outputs(zoo.ZOO["llama"], False, feeds)["logits"]
+    whole = families.torch_outputs(families.FAMILIES["llama"], False, feeds)["logits"]
     past = {
         name: np.zeros((2, 2, 0, 16), np.float32)
         for name in (f"past_key_values.{i}.{part}" for i in (0, 1) for part in ("key", "value"))
@@ -109,7 +111,7 @@ def test_weights_are_called_as_in_the_checkpoint_and_nothing_else_is_told(
     llama: Path, folders: Path
 ) -> None:
     model = ir.load(llama)
-    state = zoo.make_model(zoo.ZOO["llama"]).state_dict()
+    state = families.make_model(families.FAMILIES["llama"]).state_dict()
     large = {k for k, v in model.graph.initializers.items() if v.const_value.nbytes > 100}
     assert large == set(state)
     for name, weight in state.items():
@@ -133,17 +135,17 @@ def test_classification_head_named_by_the_config_gives_logits(
     name: str, folders: Path, tmp_path: Path
 ) -> None:
     path = export_hugging_face(str(folders / name), tmp_path)
-    feeds = zoo.make_feeds(zoo.ZOO[name], batch=5)
+    feeds = families.make_feeds(families.FAMILIES[name], batch=5)
     found = run(path, feeds)
     assert list(found) == ["logits"]
-    assert_close(found, zoo.torch_outputs(zoo.ZOO[name], False, feeds))
+    assert_close(found, families.torch_outputs(families.FAMILIES[name], False, feeds))
 
 
 def test_masked_language_model_gives_features_without_an_invented_pooler(
     folders: Path, tmp_path: Path
 ) -> None:
     path = export_hugging_face(str(folders / "mlm"), tmp_path, opset=18)
-    feeds = zoo.make_feeds(zoo.ZOO["bert"])
+    feeds = families.make_feeds(families.FAMILIES["bert"])
     model = transformers.BertForMaskedLM.from_pretrained(folders / "mlm").eval()
     with torch.no_grad():
         expected = model.bert(**{k: torch.from_numpy(v) for k, v in feeds.items()})
@@ -154,7 +156,7 @@ def test_masked_language_model_gives_features_without_an_invented_pooler(
 def test_clip_towers_are_exported_one_at_a_time(task: str, folders: Path, tmp_path: Path) -> None:
     path = export_hugging_face(str(folders / "clip"), tmp_path, task=task)
     assert path.name == f"clip-{task}.onnx"
-    feeds = zoo.make_feeds(zoo.ZOO[f"clip-{task}"])
+    feeds = families.make_feeds(families.FAMILIES[f"clip-{task}"])
     model = transformers.CLIPModel.from_pretrained(folders / "clip").eval()
     tensors = {name: torch.from_numpy(value) for name, value in feeds.items()}
     tower, projection = (
@@ -189,7 +191,7 @@ def test_rotary_encoder_takes_any_batch(tmp_path: Path) -> None:
 def test_attention_that_torch_cannot_translate_is_decomposed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = zoo.make_model(zoo.ZOO["llama"])
+    model = families.make_model(families.FAMILIES["llama"])
     model.config.architectures = ["LlamaForCausalLM"]
     tried = []
 
@@ -305,6 +307,7 @@ def test_unknown_id_without_network_is_one_clear_error(
 def test_unreachable_hub_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert "127.0.0.1 cannot be reached" in hugging_face._offline.__wrapped__()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
