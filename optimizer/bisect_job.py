@@ -15,7 +15,6 @@ from optimizer.command_judge import CommandJudge, parse_command
 from optimizer.errors import OptionError
 from optimizer.job import Job, ModelSpec, Request
 from optimizer.judges import DriftJudge, Judge, ProofJudge
-from optimizer.pipeline import Data
 from optimizer.probes import make_probes
 from optimizer.recipe import Recipe
 from optimizer.samples import load_samples
@@ -67,12 +66,15 @@ class BisectJob:
         with contextlib.ExitStack() as stack:
             model, _ = job.open(stack)
             data = job.load_data(model)
+            measuring = data.measuring
+            if measuring is None and (self._budget.limits or self._wanted.each):
+                measuring = self._made_up(model)
             search = Bisection(
                 model,
                 job.recipe,
                 data,
-                self._judges(model, data),
-                each=self._wanted.each,
+                self._judges(model, data.measuring, measuring),
+                each=measuring if self._wanted.each else None,
                 custom_ops=self._request.custom_ops,
                 threads=self._request.threads,
                 listener=job.listener,
@@ -90,8 +92,16 @@ class BisectJob:
         elif wanted.timeout is not None:
             raise OptionError("--timeout is for the command of --check, and there is none")
 
-    def _judges(self, model: ir.Model, data: Data) -> list[Judge]:
-        """The one asked for; else those of a run, in its order."""
+    def _judges(
+        self, model: ir.Model, samples: Calibration | None, measuring: Calibration | None
+    ) -> list[Judge]:
+        """The one asked for; else those of a run, in its order.
+
+        Args:
+            model: The original.
+            samples: The user's.
+            measuring: The same, or made up.
+        """
         wanted, request = self._wanted, self._request
         if wanted.check is not None:
             file = self._job.file
@@ -99,15 +109,11 @@ class BisectJob:
         self._job.listener.stage("running the original model")
         judges: list[Judge] = []
         if wanted.budget is None:
-            measuring = data.measuring
             judges.append(
-                ProofJudge(
-                    model, measuring, request.custom_ops, request.threads, request.max_memory
-                )
+                ProofJudge(model, samples, request.custom_ops, request.threads, request.max_memory)
             )
-        if self._budget.limits:
-            samples = data.measuring or self._made_up(model)
-            judges.append(DriftJudge(model, samples, self._budget))
+        if self._budget.limits and measuring is not None:
+            judges.append(DriftJudge(model, measuring, self._budget))
         return judges
 
     def _made_up(self, model: ir.Model) -> Calibration:

@@ -14,6 +14,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from optimizer.calibration import Calibration
 from optimizer.divergence import Difference, first_difference
 from optimizer.errors import OptimizerError, OptionError, PassContractError
 from optimizer.fingerprint import fingerprint
@@ -93,7 +94,8 @@ class Bisection:
         recipe: What is run.
         data: What passes may look at, and what drift is measured on.
         judges: Say which models are good; the first that finds something is the one.
-        each: Also measure what each rewrite of an approximate pass does alone.
+        each: What to measure on what each rewrite of an approximate pass does alone; None = it is
+            not asked for.
         custom_ops: Libraries of custom operators.
         threads: Threads of ONNX Runtime.
         listener: Is told every answer.
@@ -103,7 +105,7 @@ class Bisection:
     recipe: Recipe
     data: Data
     judges: Sequence[Judge]
-    each: bool = False
+    each: Calibration | None = None
     custom_ops: tuple[Path, ...] = ()
     threads: int = 1
     listener: Listener = field(default_factory=Silent)
@@ -127,8 +129,8 @@ class Bisection:
                 break
         if stage is not None and not self.finding.suspects:
             self._find_rewrite(stage)
-        if self.each:
-            self._measure_shares([stage] if stage is not None else self.stages)
+        if self.each is not None:
+            self._measure_shares(self.each, [stage] if stage is not None else self.stages)
         return self.finding
 
     def _run_stages(self) -> None:
@@ -175,6 +177,11 @@ class Bisection:
             if verdict.outcome is Outcome.BAD:
                 self.finding.bad = verdict
                 return stage
+        if any(not stage.proven for stage in stages) and self.judge is self.judges[-1]:
+            self.finding.remarks.append(
+                "how far approximate passes move the numbers was not judged; add --budget, such as "
+                "relative_l2<=0.05, to ask for that"
+            )
         return None
 
     def _halve_stages(self, stages: list[Stage]) -> Stage | None:
@@ -326,15 +333,13 @@ class Bisection:
         self.listener.note(f"{what}: {verdict}{more}")
         return verdict
 
-    def _measure_shares(self, stages: list[Stage]) -> None:
-        data = self.data.measuring
+    def _measure_shares(self, data: Calibration, stages: list[Stage]) -> None:
         fitting = [s for s in stages if s.exactness is Exactness.APPROXIMATE and s.rewrites]
-        if data is None or not fitting:
+        if not fitting:
             self.finding.remarks.append(
                 "what each rewrite does alone is measured for approximate passes that offer their "
                 "sites: there is none here"
             )
-            return
         self.finding.shares = measure_shares(fitting, data, self.listener)
 
 

@@ -39,6 +39,11 @@ class Share:
             return float("inf")
         return self.drift.relative_l2 if self.drift.kl is None else self.drift.kl
 
+    @property
+    def measure(self) -> str:
+        """What ``damage`` is."""
+        return "relative L2" if self.drift is None or self.drift.kl is None else "KL"
+
 
 def measure_shares(
     stages: Sequence[Stage], data: Calibration, listener: Listener

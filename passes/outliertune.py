@@ -197,15 +197,21 @@ def plan(
 def _let_through(plans: list[Plan], sites: list[Site], gate: Gate) -> tuple[list[Plan], list[Skip]]:
     """The plans for ``sites``, which may be those of a copy, without what the gate refuses."""
     named = {site.name: site for site in sites}
-    taken = [replace(p, site=named[p.site.name]) for p in plans if gate.allow(p.site.name)]
+    taken = [replace(p, site=named[p.site.name]) for p in plans if gate.allow(_label(p.site))]
     names = {p.site.name for p in taken}
-    left_out = [Skip(p.site.name, LEFT_OUT) for p in plans if p.site.name not in names]
+    left_out = [Skip(_label(p.site), LEFT_OUT) for p in plans if p.site.name not in names]
     written = {linear.matmul for p in taken for linear in p.site.linears}
     for index, p in enumerate(taken):
         source = p.site.source
         if source is not None and source.matmul not in written:  # it cannot scale for this site
             taken[index] = replace(p, site=replace(p.site, source=None))
     return taken, left_out
+
+
+def _label(site: Site) -> str:
+    """The site by its weights, as ``exclude`` takes them."""
+    first, *others = (str(linear.weight.name) for linear in site.linears)
+    return f"{first} and {len(others)} more" if others else first
 
 
 def _fault(weights: list[np.ndarray], stats: InputStatistics) -> str | None:

@@ -163,13 +163,12 @@ class Factors(GraphPass[FactorOptions]):
 
     def rewrite(self, model: ir.Model, node: ir.Node, factor: float) -> None:
         """One site."""
-        first, second = node.inputs
-        assert second is not None
-        if factor != 1.0:
-            array = np.asarray(const(second)) * np.float32(factor)
-            second = add_initializer(model.graph, "wrong", array.astype(np.float32))
-        node.replace_input_with(0, second)
-        node.replace_input_with(1, first)
+        inputs = list(reversed(node.inputs))
+        for index, value in enumerate(inputs):
+            array = const(value) if factor != 1.0 else None
+            if array is not None:
+                wrong = add_initializer(model.graph, "wrong", array * np.float32(factor))
+            node.replace_input_with(index, value if array is None else wrong)
 
 
 class RoughFactors(Factors):

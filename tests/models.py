@@ -336,3 +336,18 @@ def feed(
             shape = (batch, config.kv_heads, past, config.head_dim)
             result[f"past_key_values.{i}.{t}"] = rng.normal(0, 1, shape).astype(np.float32)
     return result
+
+
+def chain(count: int) -> ir.Model:
+    """One product after the other: y = x * c0 * c1 * ..., nodes p0, p1, ..."""
+    random = np.random.default_rng(0)
+    x = _input("x", ir.DataType.FLOAT, ["n", 4])
+    w, y = _Writer(), x
+    for number in range(count):
+        factors = random.uniform(0.9, 1.1, 4).astype(np.float32)
+        y = w.op("Mul", [y, w.const(f"c{number}", factors)], f"y{number}")
+        w.nodes[-1].name = f"p{number}"
+    y.type, y.shape = x.type, x.shape
+    held = list(w.initializers.values())
+    graph = ir.Graph([x], [y], nodes=w.nodes, initializers=held, opset_imports={"": 23})
+    return ir.Model(graph, ir_version=10)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from optimizer.judges import Verdict
     from optimizer.shares import Share
 
+#: Rewrites whose own damage is printed.
+_SHARES = 20
+
 _question = combine(
     click.option(
         "--check",
@@ -132,8 +135,11 @@ def lines(finding: Finding) -> list[str]:
         found += _culprit(finding)
     found += [f"note: {remark}" for remark in finding.remarks]
     if finding.shares:
-        found.append("each rewrite alone, against the model before its pass:")
-        found += [_share_line(share) for share in finding.shares]
+        measure = finding.shares[-1].measure
+        found.append(f"each rewrite alone, by {measure} from the model before its pass:")
+        found += [_share_line(share) for share in finding.shares[:_SHARES]]
+    if len(finding.shares) > _SHARES:
+        found.append(f"  and {len(finding.shares) - _SHARES} more, which --json lists")
     return found
 
 
@@ -145,13 +151,13 @@ def _culprit(finding: Finding) -> list[str]:
         found += [f"  {name}" for name in finding.suspects]
     if finding.rewrite is not None:
         found.append(f"at {finding.rewrite}, rewrite {finding.number} of {finding.count} in it")
-        before = finding.good or "good: that is the model before the pass"
-        found.append(f"  with the {finding.number - 1} rewrites before it: {before}")
-        found.append(f"  and with it: {finding.bad}")
+        before = finding.good or "good, that is the model before the pass"
+        found.append(f"  only those before it: {before}")
+        found.append(f"  and this one: {finding.bad}")
     elif finding.bad is not None:
         found.append(f"  with it: {finding.bad}")
     if finding.alone is not None:
-        found.append(f"  with all others but not this one: {finding.alone}")
+        found.append(f"  all others, without this one: {finding.alone}")
     if finding.change:
         found.append(f"what it did: {finding.change}")
     if finding.difference is not None:
@@ -168,7 +174,9 @@ def _culprit(finding: Finding) -> list[str]:
 
 
 def _share_line(share: Share) -> str:
-    from optimizer.cli.screen import drift_text
-
-    text = share.problem if share.drift is None else drift_text(share.drift)
-    return f"  {share.stage}: {share.rewrite}: {text}"
+    where = f"{share.stage}: {share.rewrite}"
+    if share.drift is None:
+        return f"  {where}: {share.problem}"
+    ratio = share.drift.perplexity_ratio
+    more = "" if ratio is None else f", perplexity {100 * (ratio - 1):+.3f} %"
+    return f"  {share.damage:8.2e}  {where}{more}"
