@@ -300,13 +300,22 @@ class Bisection:
         if stage.exactness is Exactness.APPROXIMATE:
             return
         self.listener.stage(f"{stage.name}: looking for the first value that differs")
-        finding.difference = first_difference(
-            before,
-            after,
-            samples=None if data is None else data.samples,
-            custom_ops=self.custom_ops,
-            threads=self.threads,
-        )
+        try:
+            finding.difference = first_difference(
+                before,
+                after,
+                samples=None if data is None else data.samples,
+                custom_ops=self.custom_ops,
+                threads=self.threads,
+            )
+        except OptimizerError as error:
+            finding.remarks.append(str(error))
+            return
+        if finding.difference is None:
+            finding.remarks.append(
+                "on short feeds, outputs before and after this differ by no more than rounding: the "
+                "check may ask for more than float32 can keep"
+            )
 
     # Questions.
 

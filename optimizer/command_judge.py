@@ -25,8 +25,9 @@ CANNOT_JUDGE = 125
 #: Is replaced by the path of the model; without it the path comes last.
 PLACEHOLDER = "{model}"
 
-#: Lines of output that are kept for the report, and bytes that are looked at for them.
-_TAIL_LINES, _TAIL_BYTES = 8, 4096
+#: Lines of output that are kept for the report, bytes that are looked at for them, and letters
+#: that are kept of each.
+_TAIL_LINES, _TAIL_BYTES, _LINE = 8, 4096, 200
 #: Seconds that a command has to end by itself.
 _GRACE = 2.0
 
@@ -171,4 +172,4 @@ def _last_lines(output: IO[bytes]) -> tuple[str, ...]:
     output.seek(0, os.SEEK_END)
     output.seek(max(0, output.tell() - _TAIL_BYTES))
     text = output.read().decode(errors="replace")
-    return tuple(line.rstrip() for line in text.splitlines() if line.strip())[-_TAIL_LINES:]
+    return tuple(line.rstrip()[:_LINE] for line in text.splitlines() if line.strip())[-_TAIL_LINES:]

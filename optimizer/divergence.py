@@ -62,22 +62,27 @@ def first_difference(
         samples: Data to take the feeds from; None = they are made up.
         custom_ops: Libraries of custom operators.
         threads: Threads of ONNX Runtime.
+
+    Raises:
+        CalibrationError: No feed for the models can be made up.
+        UnsupportedError: Neither way to run them takes both.
     """
-    try:
-        probes = make_probes(input_specs(before), samples)
-    except CalibrationError:
-        return None
+    probes = make_probes(input_specs(before), samples)
+    problem, compared = None, False
     # Both in float64 shows what is wrong in the algebra; float32 what only rounds badly. Padding
     # may be treated differently on the way, so it comes last.
     for runs in (_Float64, _Float32):
         for feeds in ([_unpadded(probe) for probe in probes], probes):
             try:
-                sides = runs(before, after, custom_ops, threads)
-                found = _search(sides, feeds)
-            except (UnsupportedError, ModelError, CalibrationError):
+                found = _search(runs(before, after, custom_ops, threads), feeds)
+            except (UnsupportedError, ModelError, CalibrationError) as error:
+                problem = error
                 continue
             if found is not None:
                 return found
+            compared = True
+    if not compared and problem is not None:
+        raise UnsupportedError(f"the values of two models cannot be compared: {problem}")
     return None
 
 
@@ -165,6 +170,7 @@ def _differences(
                     collect(errors, kind, probe, wanted[index], {name: arrays[name]})
                 except VerificationError as error:
                     result[name] = result[name] or str(error).partition("' ")[2]
+        del runner  # before the next one takes its memory
     for name, entry in errors.items():
         if not entry.found <= entry.bound:
             result[name] = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -201,6 +202,19 @@ class HalfSecretFactors(Factors):
         assert constant is not None
         constant.const_value = ir.Tensor(np.asarray(const(constant)) * 2, name=constant.name)
         return replace(report, modified=True)
+
+
+class RestlessFactors(Factors):
+    """Asks for other sites each time."""
+
+    name = "restless-factors"
+    runs: ClassVar[list[int]] = []
+
+    def call(self, model: ir.Model, context: Context) -> Report:
+        """Ask for a site that is not there first."""
+        self.runs.append(1)
+        context.gate.allow(f"run {len(self.runs)}")
+        return super().call(model, context)
 
 
 class FailingFactors(Factors):

@@ -165,6 +165,18 @@ def test_a_pass_that_fails_at_a_site_is_found_too(
     assert text in finding.bad.reason
 
 
+def test_a_pass_that_does_not_do_the_same_twice_is_told_on() -> None:
+    finding = bisect(models.chain(8), f"{demo('RestlessFactors')}:wrong=3:2", budget=EXACT)
+    assert any("took other sites when it ran again" in remark for remark in finding.remarks)
+
+
+def test_a_check_stricter_than_rounding_is_told_from_a_wrong_pass() -> None:
+    finding = bisect(spelled_out(), budget="relative_l2<=1e-9")
+    assert finding.stage == "canonicalize"
+    assert finding.difference is None
+    assert any("more than rounding" in remark for remark in finding.remarks)
+
+
 def spelled_out(layers: int = 3) -> ir.Model:
     """A language model as exporters of opset 20 write it."""
     model = models.build(layers=layers)
