@@ -313,8 +313,8 @@ class Bisection:
             return
         if finding.difference is None:
             finding.remarks.append(
-                "on short feeds, outputs before and after this differ by no more than rounding: the "
-                "check may ask for more than float32 can keep"
+                "on short feeds, outputs before and after differ by no more than rounding: the check "
+                "may ask for more than float32 can keep"
             )
 
     # Questions.
