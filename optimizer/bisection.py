@@ -156,6 +156,8 @@ class Bisection:
     def _find_stage(self) -> Stage | None:
         self._run_stages()
         changed = [stage for stage in self.stages if stage.modified]
+        if self.judge.lowered and not changed:
+            changed = self.stages[-1:]  # lowering alone may break it
         search = self._first_wrong if self.judge.stepwise else self._halve_stages
         stage = search(changed)
         if stage is None:
@@ -313,8 +315,8 @@ class Bisection:
             return
         if finding.difference is None:
             finding.remarks.append(
-                "on short feeds, outputs before and after differ by no more than rounding: the check "
-                "may ask for more than float32 can keep"
+                "on short feeds, outputs before and after differ by no more than rounding: the "
+                "check may ask for more than float32 can keep"
             )
 
     # Questions.

@@ -25,6 +25,8 @@ from optimizer.api import bisect
 from optimizer.command_judge import parse_command
 from optimizer.legalize import ort_cpu as lowering
 from optimizer.model_io import save_model
+from optimizer.pass_base import Context
+from passes.canonicalize import Canonicalize
 
 Command = Callable[..., Outcome]
 DEMO = Path(demo_passes.__file__)
@@ -284,6 +286,17 @@ def test_the_lowering_is_told_from_the_pass_whose_result_it_lowers(
     (small.parent / "runs").unlink()
     content = json.loads(command(*words, script(only_lowered)).out)
     assert any("may be the lowering" in remark for remark in content["remarks"])
+
+
+def test_the_lowering_is_judged_where_no_pass_changed_anything(
+    command: Command, tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = models.build(), tmp_path / "canonical.onnx"
+    Canonicalize().call(model, Context())
+    save_model(model, path)
+    broken_lowering(monkeypatch)
+    content = json.loads(command("bisect", path, "--check", script(IS_WRONG), "--json").out)
+    assert (content["pass"], content["place"], content["number"]) == ("legalize", [2, 2], 2)
 
 
 def test_a_model_in_memory_is_written_for_the_command_too(script: Any, temporary: Path) -> None:
