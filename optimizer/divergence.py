@@ -145,8 +145,8 @@ def _search(sides: _Sides, probes: Sequence[Probe]) -> Difference | None:
         return None
     for start in range(0, len(shared), _AT_ONCE):
         texts.update(_differences(sides, probes, shared[start : start + _AT_ONCE]))
-    origins = _origins(broken, second, texts)
-    name = next(name for name in second if name in origins)
+    reached = _reached(broken, second, texts)
+    name = next(name for name in second if name in reached)
     ops = [producers[name].op_type for producers in (second, first)]
     operator = ops[0] if ops[0] == ops[1] else f"{ops[0]}, before {ops[1]}"
     return Difference(name, operator, str(texts[name]), sides.method)
@@ -180,36 +180,18 @@ def _differences(
     return result
 
 
-def _origins(
+def _reached(
     broken: Sequence[str], producers: dict[str, ir.Node], texts: dict[str, str | None]
 ) -> set[str]:
-    """The values that differ although nothing that they are computed from does."""
-    origins: set[str] = set()
+    """The values that differ from which ``broken`` ones follow through nothing that agrees."""
     pending, seen = list(broken), set(broken)
     while pending:
-        name = pending.pop()
-        earlier = [n for n in _read(name, producers, texts) if texts[n] is not None]
-        if not earlier:
-            origins.add(name)
-        pending += [n for n in earlier if n not in seen]
-        seen.update(earlier)
-    return origins
-
-
-def _read(name: str, producers: dict[str, ir.Node], texts: dict[str, str | None]) -> set[str]:
-    """The nearest values of both models that ``name`` is computed from."""
-    found: set[str] = set()
-    pending, seen = [name], {name}
-    while pending:
-        for other in names_read([producers[pending.pop()]]):
-            if other in seen or other not in producers:
-                continue
-            seen.add(other)
-            if other in texts:
-                found.add(other)
-            else:
-                pending.append(other)
-    return found
+        for name in names_read([producers[pending.pop()]]):
+            agrees = name in texts and texts[name] is None
+            if name in producers and name not in seen and not agrees:
+                seen.add(name)
+                pending.append(name)
+    return {name for name in seen if name in texts}
 
 
 def _unpadded(probe: Probe) -> Probe:

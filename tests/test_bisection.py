@@ -21,7 +21,7 @@ from optimizer.model_io import load_model, save_model
 from optimizer.quantization.scales import Scaling
 from optimizer.quantization.sites import Site
 from optimizer.raising import norms
-from passes import outliertune
+from passes import cqil, outliertune
 
 DEMO = Path(demo_passes.__file__)
 PRODUCTS = 64
@@ -267,9 +267,16 @@ def test_a_wrong_scale_of_outliertune_is_named(monkeypatch: pytest.MonkeyPatch) 
     assert damages[0] > 10 * damages[1]
 
 
-def test_groups_of_cqil_are_those_of_the_whole_run() -> None:
+def test_groups_of_cqil_are_those_of_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.build(layers=6, zero_layers=(0, 1))
     whole = optimize(model, "cqil:depth=3", calibration=token_samples()).report.rows[1]
+    search, searches = cqil._automatic, []
+
+    def counted(*arguments: Any) -> Any:
+        searches.append(1)
+        return search(*arguments)
+
+    monkeypatch.setattr(cqil, "_automatic", counted)
     finding = bisect(
         model,
         "cqil:depth=3",
@@ -283,6 +290,7 @@ def test_groups_of_cqil_are_those_of_the_whole_run() -> None:
     assert {share.rewrite.site for share in finding.shares} == set(groups)
     assert finding.rewrite.site in groups
     assert len(groups) == finding.count > 1
+    assert len(searches) == 1, "the partition is searched once"
 
 
 def test_each_without_approximate_passes_says_so() -> None:
