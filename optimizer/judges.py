@@ -1,4 +1,4 @@
-"""Says whether a model is still good: by proof against the model before, by drift, ..."""
+"""Says whether a model is still good: by proof against the model before it, or by its drift."""
 
 from __future__ import annotations
 

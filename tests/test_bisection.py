@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,13 @@ import rule_case
 from conftest import token_samples
 
 from optimizer.api import Finding, bisect, optimize
+from optimizer.divergence import first_difference
 from optimizer.errors import CalibrationError, OptionError
+from optimizer.fingerprint import fingerprint
 from optimizer.legalize import legalize
 from optimizer.legalize import ort_cpu as lowering
 from optimizer.model_io import load_model, save_model
+from optimizer.progress import start_listening
 from optimizer.quantization.scales import Scaling
 from optimizer.quantization.sites import Site
 from optimizer.raising import norms
@@ -335,10 +340,41 @@ def test_a_difference_that_is_made_up_for_is_not_the_first() -> None:
     wrong = rule_case.graph(
         text, constants="float two = {4}, float half = {0.25}, float one = {1.5}"
     )
-    from optimizer.divergence import first_difference
-
     found = first_difference(right, wrong)
     assert found is not None
     assert (found.value, found.operator) == ("c", "Add")
     assert found.method == "both in float64"
     assert first_difference(right, right.clone()) is None
+
+
+def test_a_change_is_told_by_operators() -> None:
+    held = "float two = {2}, float half = {0.5}"
+    one = rule_case.graph("a = Mul(x, two) b = Mul(a, half) y = Neg(b)", constants=held)
+    cases = {
+        "a = Exp(x) b = Add(a, half) y = Neg(b)": "2 Mul -> Exp, Add",
+        "a = Mul(x, two) y = Neg(a)": "Mul fewer",
+        "a = Mul(x, two) b = Mul(a, half) c = Abs(b) y = Neg(c)": "Abs more",
+        "a = Mul(two, x) b = Mul(a, half) y = Neg(b)": "other inputs, outputs or attributes of Mul",
+        "a = Mul(x, two) b = Mul(a, half) y = Neg(b)": "",
+    }
+    for text, change in cases.items():
+        other = rule_case.graph(text, constants=held)
+        for model in (one, other):
+            for node in model.graph:
+                node.name = f"{node.outputs[0].name}/node"
+        found = fingerprint(one).change(fingerprint(other))
+        assert found.startswith(change), found
+        assert bool(found) == bool(change)
+
+
+def test_names_with_brackets_can_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    with start_listening(quiet=False, verbose=False) as listener:
+        listener.stage("pass: [/layers.0] alone")
+        listener.note("after [/layers.0]: [red]good")
+        assert "after [/layers.0]: [red]good" in sys.stderr.getvalue()  # type: ignore[attr-defined]
