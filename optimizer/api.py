@@ -13,13 +13,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from optimizer.bisect_job import BisectJob, BisectRequest
+from optimizer.bisection import Finding
 from optimizer.comparison import Comparison, compare
 from optimizer.errors import OptionError
 from optimizer.job import Job, ModelSpec, Request, Result
 from optimizer.recipe import Recipe, load_recipe, make_recipe, split_passes
 from optimizer.samples import SampleSpec
 
-__all__ = ["Comparison", "Result", "compare", "optimize"]
+__all__ = ["Comparison", "Finding", "Result", "bisect", "compare", "optimize"]
 
 #: A pass by name, by name and options, or as text ``name:option=value``.
 PassSpec: TypeAlias = str | tuple[str, Mapping[str, Any]]
@@ -60,9 +62,60 @@ def optimize(
     Raises:
         OptimizerError: See ``optimizer.errors``; nothing is written then.
     """
+    options["output"] = None if output is None else Path(output)
+    request, settings = _sorted_options(calibration, evaluation, custom_ops, options)
+    return Job(model, _resolve(passes or (), recipe, overrides, settings), request).run()
+
+
+def bisect(
+    model: ModelSpec,
+    passes: str | Sequence[PassSpec] | None = None,
+    *,
+    check: str | None = None,
+    budget: str | None = None,
+    recipe: str | Path | Recipe | None = None,
+    overrides: Iterable[str] = (),
+    calibration: SampleSpec | None = None,
+    evaluation: SampleSpec | None = None,
+    custom_ops: Sequence[str | Path] = (),
+    **options: Any,
+) -> Finding:
+    """Find the pass, and the rewrite in it, that makes a model fail a check.
+
+    Args:
+        model: See ``ModelSpec``.
+        passes: As for ``optimize``.
+        check: A command; ``{model}`` in it is the path of a candidate. Exit status 0 = good, 125 =
+            cannot be judged, any other = bad.
+        budget: Instead: limits on the drift from the original, such as ``perplexity<=+2%``. Without
+            either, the recipe's budget, else what a run proves after each pass.
+        recipe: Instead of ``passes``.
+        overrides: ``pass.option=value``.
+        calibration: As for ``optimize``.
+        evaluation: As for ``optimize``.
+        custom_ops: Libraries of custom operators.
+        options: Fields of ``BisectRequest`` (timeout, each, echo), and as for ``optimize``.
+
+    Raises:
+        OptionError: The check fails on the original model, or cannot judge the optimized one.
+        OptimizerError: See ``optimizer.errors``.
+    """
+    own = {key: options.pop(key) for key in ("timeout", "each", "echo") if key in options}
+    wanted = BisectRequest(check=check, budget=budget, **own)
+    request, settings = _sorted_options(calibration, evaluation, custom_ops, options)
+    resolved = _resolve(passes or (), recipe, overrides, settings)
+    return BisectJob(model, resolved, request, wanted).run()
+
+
+def _sorted_options(
+    calibration: SampleSpec | None,
+    evaluation: SampleSpec | None,
+    custom_ops: Sequence[str | Path],
+    options: dict[str, Any],
+) -> tuple[Request, dict[str, Any]]:
+    """What belongs to the call, and what belongs to the recipe's settings."""
     known = set(Request.__dataclass_fields__)
     request = Request(
-        output=None if output is None else Path(output),
         calibration=calibration,
         evaluation=evaluation,
         custom_ops=tuple(Path(item) for item in custom_ops),
@@ -72,8 +125,7 @@ def optimize(
     for key, spec in (("calibration", calibration), ("evaluation", evaluation)):
         if isinstance(spec, str | Path):
             settings[key] = str(spec)
-    resolved = _resolve(passes or (), recipe, overrides, settings)
-    return Job(model, resolved, request).run()
+    return request, settings
 
 
 def _resolve(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from optimizer import graph as graphs
-from optimizer.nodes import dims, node_of, operand, operands, other, users
+from optimizer.nodes import dims, node_of, operands, other, users
 from optimizer.norm_parts import NORMS, norm
 from optimizer.quantized_parts import (
     fed_by,

@@ -35,11 +35,18 @@ class Limit:
     def failure(self, drift: Drift) -> str | None:
         """Why ``drift`` misses this limit, or None."""
         value = drift.as_dict().get(self.metric)
+        # Written so that NaN fails.
+        kept = value is not None and (value >= self.bound if self.at_least else value <= self.bound)
+        return None if kept else self.measured(drift)
+
+    def measured(self, drift: Drift) -> str:
+        """The limit and what ``drift`` is in its metric."""
+        value = drift.as_dict().get(self.metric)
         if value is None:
             return f"{self.text}: this model and data have no {self.metric}"
-        # Written so that NaN fails.
-        kept = value >= self.bound if self.at_least else value <= self.bound
-        return None if kept else f"{self.text}: measured {value:.6g}"
+        if self.metric == "perplexity_ratio":
+            return f"{self.text}: measured {100 * (value - 1):+.3g} %"
+        return f"{self.text}: measured {value:.6g}"
 
 
 @dataclass(frozen=True)

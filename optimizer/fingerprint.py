@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,24 @@ class Fingerprint:
                 return f"initializer '{name}' has other numbers"
         return None
 
+    def change(self, other: Fingerprint) -> str:
+        """What became of the nodes, by operator: ``2 Mul, Add -> Sum``; empty if nothing."""
+        gone, new = Counter(self.nodes), Counter(other.nodes)
+        gone, new = gone - new, new - gone
+        before, after = (Counter({n[1]: 0 for n in side}) for side in (gone, new))
+        for counts, side in ((before, gone), (after, new)):
+            for node, count in side.items():
+                counts[node[1]] += count
+        left, right = before - after, after - before
+        if left and right:
+            return f"{_listed(left)} -> {_listed(right)}"
+        if left or right:
+            return f"{_listed(left)} fewer" if left else f"{_listed(right)} more"
+        if before:
+            return f"other inputs, outputs or attributes of {_listed(before)}"
+        difference = self.difference(other)
+        return "" if difference is None else difference
+
 
 def fingerprint(model: ir.Model) -> Fingerprint:
     """Describe ``model`` as it is now; later changes to it do not change the description."""
@@ -75,6 +94,12 @@ def same_tensor(a: ir.TensorProtocol, b: ir.TensorProtocol) -> bool:
         if place_a == place_b:
             return True
     return a.tobytes() == b.tobytes()
+
+
+def _listed(counts: Counter[str]) -> str:
+    """Operators and how many there are, in the order in which they come."""
+    parts = [name if count == 1 else f"{count} {name}" for name, count in counts.items()]
+    return ", ".join(parts)
 
 
 def _names(values: Sequence[ir.Value | None]) -> tuple[str, ...]:

@@ -95,22 +95,20 @@ class Job:
         self.recipe = recipe
         self.request = request
         self.listener: Listener = request.listener or Silent()
-        self._exported: Path | None = None
+        #: The ONNX file that the model was read from, or exported to.
+        self.file: Path | None = None
         self._data = Data()
 
     def run(self) -> Result:
         """Load, rewrite, judge, write."""
-        self._settle_data()
-        self._check_early()
         with contextlib.ExitStack() as stack:
-            source, path = self._open(stack)
+            source, path = self.open(stack)
             protected = () if path is None else (path.resolve(), *external_files(source))
             output = self._output(path)
             hashes = BackgroundHashes(protected if output is not None else ())
             if output is not None:
                 check_output(output, force=self.request.force, protected=protected)
-            data = self._load_data(source)
-            self._note_digests(data)
+            data = self.load_data(source)
             run = Run(
                 source,
                 self.recipe,
@@ -125,10 +123,31 @@ class Job:
                 keep_missed=self.request.keep_missed,
             )
             report = run.execute()
-            self._measure_speed(path if path is not None else self._exported, run.model, report)
+            self._measure_speed(self.file, run.model, report)
             if output is None:
                 return Result(run.model, report, {}, self.recipe, None)
             return self._write(run.model, report, output, hashes)
+
+    def open(self, stack: contextlib.ExitStack) -> tuple[ir.Model, Path | None]:
+        """Settle which data is used, refuse what can be refused early, and load the model.
+
+        Returns:
+            The model, and the file that must not be overwritten.
+        """
+        self._settle_data()
+        self._check_early()
+        self.listener.stage(f"loading {self.title}")
+        if isinstance(self.spec, ir.Model):
+            return self.spec.clone(), None
+        if isinstance(self.spec, onnx.ModelProto):
+            return ir.from_proto(self.spec), None
+        text = str(self.spec) if isinstance(self.spec, str | Path) else None
+        kind = "torch" if text is None else frontends.is_model_spec(text)
+        if kind == "onnx":
+            path = Path(str(text))
+            return self._load(path), path
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="optimize-")))
+        return self._load(self._export(kind, text, folder)), None
 
     @property
     def title(self) -> str:
@@ -177,37 +196,23 @@ class Job:
             msg = f"--save-recipe: {target} exists; choose another name, or replace it with --force"
             raise OptionError(msg)
 
-    def _open(self, stack: contextlib.ExitStack) -> tuple[ir.Model, Path | None]:
-        """The model, and the file that must not be overwritten."""
-        self.listener.stage(f"loading {self.title}")
-        if isinstance(self.spec, ir.Model):
-            return self.spec.clone(), None
-        if isinstance(self.spec, onnx.ModelProto):
-            return ir.from_proto(self.spec), None
-        text = str(self.spec) if isinstance(self.spec, str | Path) else None
-        kind = "torch" if text is None else frontends.is_model_spec(text)
-        if kind == "onnx":
-            path = Path(str(text))
-            return self._load(path), path
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="optimize-")))
+    def _export(self, kind: str, text: str | None, folder: Path) -> Path:
         self.listener.stage(f"exporting {self.title}")
         if kind == "hf":
-            exported = frontends.export_hugging_face(
+            return frontends.export_hugging_face(
                 str(text).removeprefix("hf:"),
                 folder,
                 kv_cache=self.request.with_cache,
                 task=self.request.task,
             )
-        else:
-            exported = frontends.export_torch(
-                text if text is not None else self.spec,
-                folder,
-                example_inputs=self.request.example_inputs,
-            )
-        self._exported = exported
-        return self._load(exported), None
+        return frontends.export_torch(
+            text if text is not None else self.spec,
+            folder,
+            example_inputs=self.request.example_inputs,
+        )
 
     def _load(self, path: Path) -> ir.Model:
+        self.file = path
         return load_model(path, self.request.custom_ops, check_numbers=self.request.check_numbers)
 
     def _output(self, path: Path | None) -> Path | None:
@@ -222,10 +227,12 @@ class Job:
             return Path(f"{name}.opt.onnx")
         return None
 
-    def _load_data(self, model: ir.Model) -> Data:
+    def load_data(self, model: ir.Model) -> Data:
+        """Load the sample data, and note what it is in the recipe."""
         calibration = self._samples(model, self.request.calibration, "--calibration")
         evaluation = self._samples(model, self.request.evaluation, "--eval")
         self._data = Data(calibration, evaluation)
+        self._note_digests(self._data)
         return self._data
 
     def _samples(self, model: ir.Model, spec: SampleSpec | None, option: str) -> Calibration | None:

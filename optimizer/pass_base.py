@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict
 
+from optimizer.gate import OPEN, Gate
 from optimizer.listener import Listener, Silent
 
 if TYPE_CHECKING:
@@ -83,12 +84,15 @@ class Context:
         evaluation: Held-out data that drift is reported on; a pass decides on it only where there
             is no calibration data.
         listener: Is told how far long work is.
+        gate: Is to be asked before each site is rewritten, so that ``optimize bisect`` can leave
+            some out: ``if not context.gate.allow(name)``, it is a ``Skip(name, LEFT_OUT)``.
     """
 
     target: str = "ort-cpu"
     calibration: Calibration | None = None
     evaluation: Calibration | None = None
     listener: Listener = field(default_factory=Silent)
+    gate: Gate = OPEN
 
 
 class GraphPass(Generic[OptionsT]):

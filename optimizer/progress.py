@@ -45,7 +45,7 @@ class _Bar:
         """Show the stage with a fresh bar."""
         if self._verbose:
             self._bar.console.print(
-                f"{time.perf_counter() - self._started:7.1f} s  {title}", style="dim"
+                f"{time.perf_counter() - self._started:7.1f} s  {title}", style="dim", markup=False
             )
         self._bar.reset(self._task, description=title, total=None)
 
@@ -55,7 +55,7 @@ class _Bar:
 
     def note(self, text: str) -> None:
         """Print above the bar."""
-        self._bar.console.print(text, highlight=False)
+        self._bar.console.print(text, highlight=False, markup=False)
 
 
 def _say(text: str) -> None:
@@ -84,6 +84,7 @@ def start_listening(*, quiet: bool, verbose: bool) -> Iterator[Listener]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    title = TextColumn("{task.description}", markup=False)  # names may hold brackets
+    columns = (SpinnerColumn(), title, BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         yield _Bar(bar, verbose=verbose)

@@ -16,8 +16,6 @@ from optimizer.nodes import node_of, operand, users
 from optimizer.norm_parts import norm
 from optimizer.structure import Experts, Linear
 
-#: Operators that choose experts or move tokens to them.
-ROUTING = frozenset({"TopK", "NonZero", "ScatterND", "GatherElements", "ScatterElements"})
 #: A mixture written out has about thirty nodes per expert or some dozens in all.
 _MAX_ROUTED = 2000
 
@@ -129,13 +127,18 @@ def experts(end: ir.Value) -> Experts | str | None:
         if len(nodes) >= _MAX_ROUTED or _is_stream(node):
             return "mixture of experts whose input is not one norm" if routed else None
         nodes[node] = None
-        routed = routed or node.op_type in ROUTING
+        routed = routed or _chooses(node)
         pending.extend(v for v in node.inputs if v is not None)
     if not routed:
         return None
     if len(inputs) != 1:
         return "mixture of experts whose input is not one norm"
     return Experts(next(iter(inputs)), end, frozenset(nodes))
+
+
+def _chooses(node: ir.Node) -> bool:
+    """A TopK that is asked which, not only how much."""
+    return node.op_type == "TopK" and node.domain == "" and bool(node.outputs[1].uses())
 
 
 def _is_stream(node: ir.Node) -> bool:

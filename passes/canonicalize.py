@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from optimizer import gate
 from optimizer.pass_base import Context, Exactness, GraphPass, PassOptions, Report, Skip
 from optimizer.raising import (
     activations,
@@ -65,11 +66,18 @@ _CLEANING: tuple[Rule, ...] = (
 _MAX_ROUNDS = 8
 
 
+def _part(rule: Rule, model: ir.Model) -> RuleReport:
+    """Run a rule that is part of a step, under its name or that of its module."""
+    name = rule.__name__ if rule.__name__ != "run" else rule.__module__.rpartition(".")[2]
+    with gate.labelled(name):
+        return rule(model)
+
+
 def clean(model: ir.Model) -> RuleReport:
     """Fold, simplify and merge until nothing changes."""
     reports: list[RuleReport] = []
     for _ in range(_MAX_ROUNDS):
-        round_report = RuleReport.total([rule(model) for rule in _CLEANING])
+        round_report = RuleReport.total([_part(rule, model) for rule in _CLEANING])
         reports.append(round_report)
         if not round_report.applied:
             break
@@ -88,7 +96,7 @@ def heads(model: ir.Model) -> RuleReport:
             rotary.run, attention.run, grouped.run, clean, linears.run, rows.run, batches.run,
             packed.run,
         )  # fmt: skip
-        reports = [rule(model) for rule in rules]
+        reports = [_part(rule, model) for rule in rules]
         applied += sum(each.applied for each in reports)
         report = RuleReport.total(reports)
         if not clean(model).applied and not report.applied:
@@ -130,13 +138,17 @@ class Canonicalize(GraphPass[CanonicalizeOptions]):
 
     def call(self, model: ir.Model, context: Context) -> Report:
         """Run ``STEPS`` in order."""
-        del context
+        with gate.using(context.gate):
+            return self._run(model)
+
+    def _run(self, model: ir.Model) -> Report:
         counts: Counter[str] = Counter()
         skipped: dict[str, tuple[Miss, ...]] = {}
         for step in STEPS:
             if opset_of(model) < step.opset:
                 continue
-            report = step.run(model)
+            with gate.labelled(step.name):
+                report = step.run(model)
             counts[step.name] += report.applied
             skipped[step.name] = report.skipped  # what the last run of the step still left alone
         applied = counts.total()

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import onnx_ir as ir
@@ -36,6 +36,7 @@ from optimizer.errors import CalibrationError, OptionError
 from optimizer.fusion import Bypass, fuse_group, refusal
 from optimizer.fusion.legality import GROUP_KEY
 from optimizer.fusion.partition import Group, Partition, Search, Trial
+from optimizer.gate import LEFT_OUT, Gate
 from optimizer.listener import Listener
 from optimizer.pass_base import Context, Exactness, GraphPass, PassOptions, Report, Skip
 from optimizer.structure import Block
@@ -136,7 +137,10 @@ class Cqil(GraphPass[Options]):
         if self.options.windowed:
             plan = _window(structure.blocks, self.options)
         else:
-            plan = _automatic(model, structure.blocks, self.options, context)
+            plan = context.gate.decide(
+                "plan", lambda: _automatic(model, structure.blocks, self.options, context)
+            )
+        plan = _let_through(plan, context.gate)
         return _apply(model, structure.blocks, plan, self.options.variant)
 
 
@@ -190,6 +194,13 @@ def _window(blocks: Sequence[Block], options: Options) -> _Plan:
         )
     plan.groups = tuple(groups)
     return plan
+
+
+def _let_through(plan: _Plan, gate: Gate) -> _Plan:
+    """The plan without the groups that the gate refuses."""
+    groups = tuple(group for group in plan.groups if gate.allow(_site(group)))
+    left_out = [Skip(_site(g), LEFT_OUT) for g in plan.groups if g not in groups]
+    return replace(plan, groups=groups, skipped=[*plan.skipped, *left_out])
 
 
 def _apply(model: ir.Model, blocks: Sequence[Block], plan: _Plan, bypass: Bypass) -> Report:

@@ -32,6 +32,7 @@ from optimizer.block_parts import linear_reading
 from optimizer.blocks import find_blocks
 from optimizer.fusion import fold_norm, pack_beside, pack_stacked
 from optimizer.fusion.legality import linears
+from optimizer.gate import LEFT_OUT, Gate
 from optimizer.graph import constant, insert, only_user, remove_dead, replace_value
 from optimizer.pass_base import Context, Exactness, GraphPass, PassOptions, Report, Skip
 from optimizer.structure import Block, Linear, Mlp, Style
@@ -108,11 +109,11 @@ class FuseConcurrent(GraphPass[Options]):
         """Pack and stack, in place."""
         graph, blocks = model.graph, find_blocks(model).blocks
         tokens = self.options.tokens or _tokens(model, blocks)
-        judge, log = _Judge(self.options, context.target, tokens), _Log()
+        judge, log = _Judge(self.options, context.target, tokens), _Log(context.gate)
         for block in blocks:
             if block.style is Style.PARALLEL and isinstance(block.mlp, Mlp):
                 _stack(graph, block, judge, log)
-                _merge_norms(graph, block, judge)
+                _merge_norms(graph, block, judge, context.gate)
         order = {node: i for i, node in enumerate(graph)}
         for siblings in list(_siblings(graph)):
             name = siblings[0].input.name or "value"
@@ -129,11 +130,14 @@ class FuseConcurrent(GraphPass[Options]):
 class _Log:
     """What was done, and what was not."""
 
+    gate: Gate
     sites: list[str] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
 
     def takes(self, site: str, reason: str | None) -> bool:
         """Note a site; whether it is to be rewritten."""
+        if reason is None and not self.gate.allow(site):
+            reason = LEFT_OUT
         if reason is None:
             self.sites.append(site)
         else:
@@ -232,13 +236,15 @@ def _stack(graph: ir.Graph, block: Block, judge: _Judge, log: _Log) -> None:
         remove_dead(graph)
 
 
-def _merge_norms(graph: ir.Graph, block: Block, judge: _Judge) -> None:
+def _merge_norms(graph: ir.Graph, block: Block, judge: _Judge, gate: Gate) -> None:
     """Both norms of a parallel block as one without scale: all projections read one value."""
     first, second = block.attention_norm, block.mlp_norm
     q, k, v, _, *inner, _ = linears(block)
     same = (first.kind, first.epsilon) == (second.kind, second.epsilon)
     packs = _reason([q, k, v, *inner]) is None and judge.packing([q, k, v, *inner]) is None
     if first.node is second.node or not same or not packs:
+        return
+    if not gate.allow(f"layer {block.index}: norms"):
         return
     if fold_norm(graph, first, [q, k, v]) is None and fold_norm(graph, second, inner) is None:
         second.output.replace_all_uses_with(first.output)

@@ -26,7 +26,7 @@ Source:       OutlierTune (arXiv 2406.18832), symmetrization and pre-executed de
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -36,6 +36,7 @@ from pydantic import Field, field_validator
 from optimizer import graph as graphs
 from optimizer.calibration import Calibration
 from optimizer.errors import CalibrationError
+from optimizer.gate import LEFT_OUT, Gate
 from optimizer.listener import Listener
 from optimizer.pass_base import Context, Exactness, GraphPass, PassOptions, Report, Skip
 from optimizer.quantization.emit import Writer
@@ -140,17 +141,21 @@ class OutlierTune(GraphPass[Options]):
         if not sites:
             skipped = skipped or [Skip("model", "it has no MatMul by a constant")]
             return Report(modified=False, skipped=tuple(skipped))
-        if context.calibration is None:
+        calibration = context.calibration
+        if calibration is None:
             raise CalibrationError(
                 "pass 'outliertune': scales come from activations, which needs sample data; add "
                 "--calibration FILE.npz with one array per model input."
             )
-        plans, refused = plan(model, sites, self.options, context.calibration)
+        plans, refused = context.gate.decide(
+            "plan", lambda: plan(model, sites, self.options, calibration)
+        )
+        plans, left_out = _let_through(plans, sites, context.gate)
         details = write(model, plans, self.options, listener=context.listener)
         return Report(
             modified=bool(plans),
             applied=len(plans),
-            skipped=(*skipped, *refused),
+            skipped=(*skipped, *refused, *left_out),
             sites=tuple(p.site.name for p in plans),
             details={"bits": self.options.bits, "sites": details},
         )
@@ -187,6 +192,26 @@ def plan(
             if tensor is not None:
                 graphs.release(tensor)
     return plans, refused
+
+
+def _let_through(plans: list[Plan], sites: list[Site], gate: Gate) -> tuple[list[Plan], list[Skip]]:
+    """The plans for ``sites``, which may be those of a copy, without what the gate refuses."""
+    named = {site.name: site for site in sites}
+    taken = [replace(p, site=named[p.site.name]) for p in plans if gate.allow(_label(p.site))]
+    names = {p.site.name for p in taken}
+    left_out = [Skip(_label(p.site), LEFT_OUT) for p in plans if p.site.name not in names]
+    written = {linear.matmul for p in taken for linear in p.site.linears}
+    for index, p in enumerate(taken):
+        source = p.site.source
+        if source is not None and source.matmul not in written:  # it cannot scale for this site
+            taken[index] = replace(p, site=replace(p.site, source=None))
+    return taken, left_out
+
+
+def _label(site: Site) -> str:
+    """The site by its weights, as ``exclude`` takes them."""
+    first, *others = (str(linear.weight.name) for linear in site.linears)
+    return f"{first} and {len(others)} more" if others else first
 
 
 def _fault(weights: list[np.ndarray], stats: InputStatistics) -> str | None:

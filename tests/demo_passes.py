@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import ClassVar
+
 import numpy as np
 import onnx_ir as ir
 from pydantic import Field
 
+from optimizer.gate import LEFT_OUT, OPEN
+from optimizer.graph import add_initializer, const
 from optimizer.pass_base import Context, Exactness, GraphPass, PassOptions, Report, Skip
 
 
@@ -129,6 +134,112 @@ class Hungry(Nothing):
         del model
         assert context.calibration is not None
         return Report(modified=False, details={"samples": context.calibration.samples.count})
+
+
+class FactorOptions(PassOptions):
+    """Which sites are made wrong."""
+
+    wrong: str = Field(default="", description="NUMBER:FACTOR of products to make wrong.")
+
+
+class Factors(GraphPass[FactorOptions]):
+    """Swaps the operands of every Mul, and gets some of them wrong if told so."""
+
+    name = "factors"
+    exactness = Exactness.REASSOCIATED
+    Options = FactorOptions
+
+    def call(self, model: ir.Model, context: Context) -> Report:
+        """Ask, then swap."""
+        pairs = [pair.split(":") for pair in self.options.wrong.split(",") if pair]
+        wrong = {int(number): float(factor) for number, factor in pairs}
+        sites, skipped = [], []
+        for number, node in enumerate([n for n in model.graph if n.op_type == "Mul"]):
+            if not context.gate.allow(str(node.name)):
+                skipped.append(Skip(str(node.name), LEFT_OUT))
+                continue
+            self.rewrite(model, node, wrong.get(number, 1.0))
+            sites.append(str(node.name))
+        return Report(bool(sites), len(sites), tuple(skipped), tuple(sites))
+
+    def rewrite(self, model: ir.Model, node: ir.Node, factor: float) -> None:
+        """One site."""
+        inputs = list(reversed(node.inputs))
+        for index, value in enumerate(inputs):
+            array = const(value) if factor != 1.0 else None
+            if array is not None:
+                wrong = add_initializer(model.graph, "wrong", array * np.float32(factor))
+            node.replace_input_with(index, value if array is None else wrong)
+
+
+class RoughFactors(Factors):
+    """The same, approximate."""
+
+    name = "rough-factors"
+    exactness = Exactness.APPROXIMATE
+
+
+class SecretFactors(Factors):
+    """The same, without asking."""
+
+    name = "secret-factors"
+
+    def call(self, model: ir.Model, context: Context) -> Report:
+        """Swap whatever the gate says."""
+        return super().call(model, replace(context, gate=OPEN))
+
+
+class HalfSecretFactors(Factors):
+    """Asks for its sites, and is wrong outside of them."""
+
+    name = "half-secret-factors"
+
+    def call(self, model: ir.Model, context: Context) -> Report:
+        """Swap, then damage the last product unasked."""
+        report = super().call(model, context)
+        last = [node for node in model.graph if node.op_type == "Mul"][-1]
+        constant = next(v for v in last.inputs if const(v) is not None)
+        assert constant is not None
+        constant.const_value = ir.Tensor(np.asarray(const(constant)) * 2, name=constant.name)
+        return replace(report, modified=True)
+
+
+class RestlessFactors(Factors):
+    """Asks for other sites each time."""
+
+    name = "restless-factors"
+    runs: ClassVar[list[int]] = []
+
+    def call(self, model: ir.Model, context: Context) -> Report:
+        """Ask for a site that is not there first."""
+        self.runs.append(1)
+        context.gate.allow(f"run {len(self.runs)}")
+        return super().call(model, context)
+
+
+class FailingFactors(Factors):
+    """The same, but has a defect where it should be wrong."""
+
+    name = "failing-factors"
+
+    def rewrite(self, model: ir.Model, node: ir.Node, factor: float) -> None:
+        """Fail."""
+        if factor != 1.0:
+            raise KeyError(node.name)
+        super().rewrite(model, node, factor)
+
+
+class IllegalFactors(Factors):
+    """The same, but leaves no legal graph where it should be wrong."""
+
+    name = "illegal-factors"
+
+    def rewrite(self, model: ir.Model, node: ir.Node, factor: float) -> None:
+        """Read a value that does not exist."""
+        if factor != 1.0:
+            node.replace_input_with(1, ir.Value(name="nowhere"))
+            return
+        super().rewrite(model, node, factor)
 
 
 class Explode(GraphPass[PassOptions]):

@@ -186,7 +186,8 @@ _ENTRIES = (
     _encoder("distilbert", "DistilBert", "Model", _post(121), hidden_dim=121),
     _encoder(
         "deberta", "DebertaV2", "Model", _post(149, refused="disentangled"),
-        relative_attention=True, pos_att_type=["c2p", "p2c"], position_biased_input=False, type_vocab_size=0,
+        relative_attention=True, pos_att_type=["c2p", "p2c"], position_biased_input=False,
+        type_vocab_size=0,
     ),
     *_halves(
         "t5", "T5Config", "T5ForConditionalGeneration", _t5(141, activation="relu"),

@@ -33,6 +33,7 @@ class Config:
     kv_cache: bool = False
     mask: bool = True  # causal and padding mask from attention_mask; False: no mask
     layer_scale: bool = False
+    experts: int = 0  # a router sends each token through two of so many MLPs; 0: one MLP for all
     shared_weights: bool = False  # every layer uses layer 0's q projection weight
     epsilon: float = 1e-5
     epsilons: tuple[float, ...] = ()  # per layer, overrides epsilon
@@ -281,13 +282,35 @@ class _Layer:
         return self.scaled("attention", o), present
 
     def mlp(self, x: ir.Value) -> ir.Value:
+        down = self.dense("", x) if not self.c.experts else self.experts(x)
+        return self.scaled("mlp", down)
+
+    def dense(self, prefix: str, x: ir.Value) -> ir.Value:
         c, w, f = self.c, self.w, self.c.width(self.source)
-        up = self.linear("up", x, c.hidden, f)
-        gate = self.linear("gate", x, c.hidden, f) if c.gated else up
+        up = self.linear(f"{prefix}up", x, c.hidden, f)
+        gate = self.linear(f"{prefix}gate", x, c.hidden, f) if c.gated else up
         act = self.activation(gate)
         inner = w.op("Mul", [act, up]) if c.gated else act
-        down = self.linear("down", inner, f, c.hidden, zero=self.source in c.zero_layers)
-        return self.scaled("mlp", down)
+        return self.linear(f"{prefix}down", inner, f, c.hidden, zero=self.source in c.zero_layers)
+
+    def experts(self, x: ir.Value) -> ir.Value:
+        """Every expert computes every token, weighted 0 where the router did not choose it."""
+        c, w = self.c, self.w
+        scores = w.op("Softmax", [self.linear("router", x, c.hidden, c.experts)], axis=-1)
+        two = w.const("two", np.array([2], np.int64))
+        number = w.count
+        best, chosen = w.op("TopK", [scores, two], [f"best{number}", f"chosen{number}"])
+        nothing = w.op("Sub", [scores, scores])
+        weights = w.op("ScatterElements", [nothing, chosen, best], axis=-1)
+        total = None
+        for index in range(c.experts):
+            which = w.const(f"expert{index}", np.array([index], np.int64))
+            part = w.op(
+                "Mul", [self.dense(f"{index}.", x), w.op("Gather", [weights, which], axis=2)]
+            )
+            total = part if total is None else w.op("Add", [total, part])
+        assert total is not None
+        return total
 
     def activation(self, x: ir.Value) -> ir.Value:
         w = self.w
@@ -336,3 +359,18 @@ def feed(
             shape = (batch, config.kv_heads, past, config.head_dim)
             result[f"past_key_values.{i}.{t}"] = rng.normal(0, 1, shape).astype(np.float32)
     return result
+
+
+def chain(count: int) -> ir.Model:
+    """One product after the other: y = x * c0 * c1 * ..., nodes p0, p1, ..."""
+    random = np.random.default_rng(0)
+    x = _input("x", ir.DataType.FLOAT, ["n", 4])
+    w, y = _Writer(), x
+    for number in range(count):
+        factors = random.uniform(0.9, 1.1, 4).astype(np.float32)
+        y = w.op("Mul", [y, w.const(f"c{number}", factors)], f"y{number}")
+        w.nodes[-1].name = f"p{number}"
+    y.type, y.shape = x.type, x.shape
+    held = list(w.initializers.values())
+    graph = ir.Graph([x], [y], nodes=w.nodes, initializers=held, opset_imports={"": 23})
+    return ir.Model(graph, ir_version=10)

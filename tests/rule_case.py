@@ -11,6 +11,8 @@ import onnx.parser
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
+from optimizer import gate
+from optimizer.fingerprint import fingerprint
 from optimizer.raising import value_info
 from optimizer.raising.base import RuleReport
 
@@ -66,10 +68,21 @@ def feed(case: ir.Model, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def apply(case: ir.Model, rule: Callable[[ir.Model], RuleReport]) -> RuleReport:
-    """Run the rule; the graph must stay valid, and compute and be called the same."""
+    """Run the rule; the graph must stay valid, and compute and be called the same.
+
+    The rule must ask the gate: refused, it changes nothing.
+    """
     before = ir.to_proto(case)
     arrays = feed(case)
-    report = rule(case)
+    closed = ir.from_proto(before)
+    value_info.fill(closed)
+    with gate.using(gate.Recorder(gate.first(0))):
+        assert not rule(closed).applied, "the rule rewrites without asking raising.base.allow"
+    assert fingerprint(case).difference(fingerprint(closed)) is None
+    asked = gate.Recorder()
+    with gate.using(asked):
+        report = rule(case)
+    assert len(asked.taken) == report.applied, "a rule asks once for every rewrite that it counts"
     after = ir.to_proto(case)
     onnx.checker.check_model(after, full_check=True)
     assert [v.name for v in after.graph.input] == [v.name for v in before.graph.input]

@@ -26,14 +26,15 @@ LAYERS = [
     for row in (
         "errors",
         "machine metrics inputs sample_sources samples feeds probes deviation targets memory "
-        "listener onnx_wire",
+        "listener onnx_wire gate halving",
         "graph nodes proto segments fingerprint structure norm_parts quantized_parts "
-        "block_parts blocks raising fusion checks model_input model_writer model_io frontends "
-        "runners",
+        "block_parts special_parts blocks raising fusion checks model_input model_writer model_io "
+        "frontends runners",
         "observers calibration pass_base quantization generation legalize",
         "passes",
-        "budget recipe provenance report verify pipeline benchmark export inspection comparison",
-        "progress job api cli __main__",
+        "budget recipe provenance report verify pipeline benchmark export inspection comparison "
+        "divergence judges command_judge stages shares bisection",
+        "progress job bisect_job api cli __main__",
     )
 ]
 #: Where these may be imported; everything else works without them.

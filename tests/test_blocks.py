@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from optimizer import graph as graphs
-from optimizer.blocks import find_blocks
+from optimizer.blocks import Experts, find_blocks
 from optimizer.structure import NormKind, Style
 
 STYLES = {
@@ -257,11 +257,25 @@ def _added_twice(model: ir.Model) -> None:
     user.replace_input_with(1, new)
 
 
+@pytest.mark.parametrize("style", ["pre-norm", "post-norm", "parallel"])
+def test_a_mixture_of_experts_stands_in_the_place_of_the_mlp(style: str) -> None:
+    found = find_blocks(models.build(experts=3, style=style))
+    assert not found.misses
+    assert len(found.blocks) == 2
+    for block in found.blocks:
+        assert isinstance(block.mlp, Experts)
+        assert block.mlp.input is block.mlp_norm.output or style == "post-norm"
+        assert {"TopK", "ScatterElements"} <= {node.op_type for node in block.mlp.nodes}
+        assert block.extras == ("mixture of experts",)
+        with pytest.raises(ValueError, match="mixture of experts"):
+            _ = block.dense
+
+
 MISSES: dict[str, Callable[[ir.Model], None]] = {
     "4-D inputs": _four_dimensional,
     "cross-attention": _cross_attention,
     "not read by exactly one linear projection": _two_readers,
-    "mixture of experts": _routed,
+    "TopK inside the MLP": _routed,
     "no MLP adds to the stream": _no_norm,
     "does not end in a linear layer": _added_twice,
 }

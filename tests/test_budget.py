@@ -35,6 +35,8 @@ def test_limits_are_compared_with_the_measured_drift(text: str, kept: bool) -> N
 
 def test_a_failure_says_limit_and_measurement() -> None:
     assert Budget.parse("top1>=0.98").failures(DRIFT) == ["top1>=0.98: measured 0.97"]
+    relative = Budget.parse("perplexity<=+2%").failures(DRIFT)
+    assert relative == ["perplexity<=+2%: measured +2.5 %"]
 
 
 def test_a_metric_without_meaning_fails() -> None:

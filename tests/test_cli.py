@@ -19,7 +19,7 @@ from conftest import Outcome, token_samples
 
 from optimizer import __version__, errors
 from optimizer.cli import cli
-from optimizer.cli.run import parse_size
+from optimizer.cli.options import parse_size
 
 Command = Callable[..., Outcome]
 DEMO = Path(demo_passes.__file__)

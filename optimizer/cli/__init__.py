@@ -28,12 +28,13 @@ from optimizer.errors import (
 __all__ = ["cli", "main"]
 
 _DEFAULT = "optimize"
-#: Command -> (module, attribute); imported when used.
+#: Commands and what they are for; their modules are imported when used.
 _COMMANDS = {
     "passes": "List the passes, or explain one.",
     "bench": "Measure the latency of models against each other.",
     "check": "Compare the numbers of two models; the exit code is the verdict.",
     "inspect": "Show what is in a model: blocks, operators, sizes, provenance.",
+    "bisect": "Find the pass and the rewrite in it that break a model.",
 }
 
 
@@ -54,9 +55,10 @@ class ModelOrCommand(click.Group):
             return run
         if cmd_name not in _COMMANDS:
             return None
-        from optimizer.cli import tools
+        from optimizer.cli import bisect, tools
 
-        command: click.Command = getattr(tools, f"{cmd_name}_command")
+        module = bisect if cmd_name == "bisect" else tools
+        command: click.Command = getattr(module, f"{cmd_name}_command")
         return command
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

@@ -2,97 +2,23 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeVar
+import shlex
+from typing import Any
 
 import click
 
+from optimizer.cli.options import (
+    FILE,
+    combine,
+    data_options,
+    memory_option,
+    model_options,
+    threads_option,
+)
 from optimizer.cli.tools import shape_option
-from optimizer.errors import EXIT_BUDGET, EXIT_DONE
+from optimizer.errors import EXIT_BUDGET, EXIT_DONE, VerificationError
 
-_Command = TypeVar("_Command", bound=Callable[..., Any])
-_FILE = click.Path(path_type=Path)
-
-
-def parse_size(text: str) -> int:
-    """Bytes in ``8GB``, ``512MB`` or a plain number."""
-    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in units:
-        msg = f"found '{text}', expected a size such as 8GB or 512MB"
-        raise click.BadParameter(msg)
-    return int(float(match[1]) * units[match[2].upper()])
-
-
-def _options(*decorators: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
-    def apply(command: _Command) -> _Command:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return apply
-
-
-_what = _options(
-    click.argument("model"),
-    click.option(
-        "-p",
-        "--passes",
-        multiple=True,
-        metavar="LIST",
-        help="Passes in order: name or name:option=value;option=value, separated by commas. "
-        "Without it only the exact clean-up runs.",
-    ),
-    click.option(
-        "--set",
-        "overrides",
-        multiple=True,
-        metavar="PASS.OPTION=VALUE",
-        help="Set an option of a pass (repeatable).",
-    ),
-    click.option("--recipe", type=_FILE, metavar="FILE", help="Passes and options from a file."),
-    click.option(
-        "--save-recipe", type=_FILE, metavar="FILE", help="Write the complete recipe to a file."
-    ),
-    click.option("--target", metavar="NAME", help="Runtime the result is for.  [default: ort-cpu]"),
-    click.option("--opset", type=int, metavar="N", help="Opset of the result."),
-    click.option(
-        "--kv-cache",
-        type=click.Choice(["append", "in-place"]),
-        help="Form of the KV cache of grouped layers.  [default: append]",
-    ),
-    click.option("--with-cache", is_flag=True, help="Export a hf: text decoder with its KV cache."),
-    click.option("--task", metavar="NAME", help="Task or tower of a hf: model."),
-    click.option(
-        "--custom-ops",
-        type=_FILE,
-        multiple=True,
-        metavar="LIB",
-        help="Library of custom operators in the model (repeatable).",
-    ),
-)
-
-_data = _options(
-    click.option(
-        "--calibration",
-        metavar="DATA",
-        help="Sample data: FILE.npz, a folder of .npz, module:function, or 'self' (a language "
-        "model writes its own).  [default: MODEL.calibration.npz where it exists]",
-    ),
-    click.option(
-        "--eval",
-        "evaluation",
-        metavar="DATA",
-        help="Held-out data that drift is measured on.  [default: MODEL.eval.npz, else the "
-        "calibration data]",
-    ),
-    click.option("--samples", type=int, metavar="N", help="Use the first N samples."),
-    click.option("--batch", type=int, metavar="N", help="Samples per run."),
-)
-
-_proof = _options(
+_proof = combine(
     click.option(
         "--verify",
         type=click.Choice(["off", "final", "each"]),
@@ -116,20 +42,16 @@ _proof = _options(
         "--keep", is_flag=True, help="Write the result although it misses budget or speed-up."
     ),
     click.option("--fail-on-noop", is_flag=True, help="Exit 5 if no named pass matched anything."),
-    click.option(
-        "--max-memory",
-        metavar="SIZE",
-        callback=lambda _ctx, _param, text: None if text is None else parse_size(text),
-        help="Verify without exceeding this much memory, such as 8GB.",
-    ),
-    click.option(
-        "--threads", type=click.IntRange(1), default=1, help="Threads of every run.  [default: 1]"
-    ),
+    memory_option,
+    threads_option,
 )
 
-_out = _options(
+_out = combine(
     click.option(
-        "-o", "--output", type=_FILE, metavar="FILE", help="[default: MODEL.opt.onnx beside MODEL]"
+        "--save-recipe", type=FILE, metavar="FILE", help="Write the complete recipe to a file."
+    ),
+    click.option(
+        "-o", "--output", type=FILE, metavar="FILE", help="[default: MODEL.opt.onnx beside MODEL]"
     ),
     click.option("--force", is_flag=True, help="Replace an existing output, never the input."),
     click.option(
@@ -148,8 +70,8 @@ _out = _options(
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@_what
-@_data
+@model_options
+@data_options
 @_proof
 @_out
 def run(model: str, **options: Any) -> int:
@@ -167,7 +89,10 @@ def run(model: str, **options: Any) -> int:
     with start_listening(quiet=quiet or as_json, verbose=verbose) as listener:
         from optimizer.api import optimize
 
-        result = optimize(model, passes, keep_missed=keep, listener=listener, **given)
+        try:
+            result = optimize(model, passes, keep_missed=keep, listener=listener, **given)
+        except VerificationError as error:
+            raise VerificationError(f"{error}\nnext: {bisect_words()}") from error
     if as_json:
         screen.print_json(screen.result_as_dict(result))
     elif not quiet:
@@ -176,3 +101,23 @@ def run(model: str, **options: Any) -> int:
         click.echo(f"optimize: {result.report.missed}; written because of --keep", err=True)
         return EXIT_BUDGET
     return EXIT_DONE
+
+
+def bisect_words() -> str:
+    """The command line that finds out which rewrite of the current command is wrong."""
+    from optimizer.cli.bisect import bisect_command
+
+    given = click.get_current_context().params
+    words = ["optimize", "bisect", str(given["model"])]
+    for option in bisect_command.params:
+        value = given.get(str(option.name))
+        if not isinstance(option, click.Option) or value in (None, False, ()):
+            continue
+        if option.name in ("budget", "as_json", "quiet", "verbose") or value == option.default:
+            continue
+        if option.is_flag:
+            words.append(option.opts[-1])
+            continue
+        for item in value if option.multiple else (value,):
+            words += [option.opts[-1], str(item)]
+    return shlex.join(words)

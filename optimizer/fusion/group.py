@@ -198,7 +198,7 @@ def _head_norm(w: Writer, x: ir.Value, parts: Sequence[_HeadNorm], name: str) ->
 def _symmetric(w: Writer, members: Sequence[Block], context: ir.Value) -> ir.Value:
     a = w.linear(context, stacked([_attention_out(b) for b in members], "o"), "o")
     h = w.op("Add", [_stream(members), a], "hidden")
-    norm = members[0].dense_norm
+    norm = members[0].mlp_norm
     inner = _mlp(w, members, w.norm(norm, h, unit_scale(w.graph, norm.scale), "norm2"))
     return w.op("Add", [h, _down(w, members, inner)], "output")
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from optimizer import gate as gates
 from optimizer.errors import OptionError, UnsupportedError
+from optimizer.gate import Gate
 from optimizer.legalize import kv_in_place, opset_rules, ort_cpu
 from optimizer.pass_base import Report, Skip
 from optimizer.targets import Quantization, Target, get_target
@@ -28,7 +30,12 @@ class LegalizeReport(Report):
 
 
 def legalize(
-    model: ir.Model, target: str, *, kv_cache: str = "append", opset: int | None = None
+    model: ir.Model,
+    target: str,
+    *,
+    kv_cache: str = "append",
+    opset: int | None = None,
+    gate: Gate = gates.OPEN,
 ) -> LegalizeReport:
     """Lower ``model`` in place.
 
@@ -38,6 +45,7 @@ def legalize(
         kv_cache: "append": past in, longer present out. "in-place": the present of a step is
             written into the buffer of the past (``optimizer.legalize.kv_in_place``).
         opset: Of the result; None = the canonical one where the target takes it, else the target's.
+        gate: Is asked before every rewrite.
 
     Raises:
         OptionError: Unknown target or form of the KV cache, or an opset the target does not take.
@@ -54,9 +62,24 @@ def legalize(
         )
         raise UnsupportedError(msg)
     wanted = _opset(model, chosen, opset)
+    with gates.using(gate):
+        counts, skipped = _lower(model, chosen, kv_cache, wanted)
+    applied = sum(counts.values())
+    return LegalizeReport(
+        modified=applied > 0,
+        applied=applied,
+        skipped=tuple(skipped),
+        details={"target": target, "opset": wanted, "rewrites": counts},
+    )
+
+
+def _lower(
+    model: ir.Model, target: Target, kv_cache: str, opset: int
+) -> tuple[dict[str, int], list[Skip]]:
+    """Rewrites by kind, and sites left alone."""
     counts: dict[str, int] = {}
     skipped: list[Skip] = []
-    fast_cpu = chosen.quantization is Quantization.U8S8_CONTRIB
+    fast_cpu = target.quantization is Quantization.U8S8_CONTRIB
     if fast_cpu:  # first: it asks for shapes, which the standard operators answer
         counts["row scale"] = ort_cpu.spell_row_scales(model)
     if kv_cache == "in-place":
@@ -65,17 +88,10 @@ def legalize(
         lowered = ort_cpu.lower(model)
         counts.update(lowered.counts)
         skipped.extend(lowered.skipped)
-    elif chosen.full_attention_mask:
+    elif target.full_attention_mask:
         counts["attention mask"] = ort_cpu.widen_masks(model)
-    counts["opset"] = opset_rules.lower(model, wanted)
-    counts = {kind: count for kind, count in counts.items() if count}
-    applied = sum(counts.values())
-    return LegalizeReport(
-        modified=applied > 0,
-        applied=applied,
-        skipped=tuple(skipped),
-        details={"target": target, "opset": wanted, "rewrites": counts},
-    )
+    counts["opset"] = opset_rules.lower(model, opset)
+    return {kind: count for kind, count in counts.items() if count}, skipped
 
 
 def _opset(model: ir.Model, target: Target, opset: int | None) -> int:

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from optimizer import graph as graphs
 from optimizer.pass_base import Skip
+from optimizer.raising.base import allow
 
 CONTRIB = "com.microsoft"
 #: uint8 code of the real number zero.
@@ -62,7 +63,8 @@ def lower(model: ir.Model) -> tuple[int, tuple[Skip, ...]]:
         if node.op_type == "MatMul" and node.domain == "":
             match = match_product(node)
             if isinstance(match, QuantizedMatMul):
-                found.append(match)
+                if allow(node, "int8 product"):
+                    found.append(match)
             elif match is not None:
                 skipped.append(Skip(str(node.name), match))
     if found:

@@ -26,6 +26,7 @@ from optimizer import graph as graphs
 from optimizer.errors import UnsupportedError
 from optimizer.legalize.int8 import CONTRIB
 from optimizer.legalize.mask_proof import Roles, Window, find_roles, prove
+from optimizer.raising.base import allow
 from optimizer.targets import KV_CACHE_KEY
 
 #: Name of the sequence dimension of the buffers.
@@ -50,6 +51,8 @@ def lower(model: ir.Model) -> int:
         UnsupportedError: One cannot be rewritten: half a model in place is of no use.
     """
     sites, roles = _find(model)
+    if not allow("all layers", "kv cache in place"):
+        return 0
     lengths = _lengths(model.graph, sites[0].node, roles.padding)
     presents = [_rewrite(model.graph, site, lengths) for site in sites]
     graphs.remove_dead(model)

@@ -15,6 +15,7 @@ from onnx.defs import OpSchema
 from optimizer import graph as graphs
 from optimizer.errors import UnsupportedError
 from optimizer.legalize import decompose
+from optimizer.raising.base import allow
 
 #: Operators with a rule: the opset they need, and the rule.
 RULES: dict[str, tuple[int, Callable[[decompose.Pen], None]]] = {
@@ -38,14 +39,19 @@ def lower(model: ir.Model, opset: int) -> int:
     own = model.graph.opset_imports.get("", opset)
     if own <= opset:
         return 0
-    count = 0
+    count, complete = 0, True
     shared: dict[ir.Value, ir.Value] = {}
     for node in list(model.graph):
         since, rule = RULES.get(node.op_type, (0, None))
         if node.domain == "" and rule is not None and opset < since:
+            if not allow(node, "opset"):
+                complete = False
+                continue
             rule(decompose.Pen(model.graph, node, shared))
             count += 1
     graphs.remove_dead(model)
+    if not complete or not allow(f"opset {own} -> {opset}", "opset"):
+        return count
     for node in model.graph.all_nodes():
         if node.domain == "":
             reason = _problem(node, own, opset)

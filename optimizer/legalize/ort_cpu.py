@@ -18,6 +18,7 @@ from optimizer.legalize import decompose, int8
 from optimizer.legalize.mask_proof import cuts_tokens, find_roles
 from optimizer.nodes import by_constant
 from optimizer.pass_base import Skip
+from optimizer.raising.base import allow
 from optimizer.raising.dims import Shape
 from optimizer.raising.shapes import Shapes
 
@@ -66,7 +67,7 @@ def spell_causal_attention(model: ir.Model) -> int:
             if mask not in causal:
                 causal[mask] = cuts_tokens(model, mask, roles)
             cut = causal[mask]
-        if cut and _spells_well(node):
+        if cut and _spells_well(node) and allow(node, "causal attention"):
             decompose.attention(decompose.Pen(model.graph, node, shared, floor=_FLOOR))
             count += 1
     return count
@@ -101,6 +102,8 @@ def spell_row_scales(model: ir.Model) -> int:
         wide, narrow = shapes.of(x), shapes.of(scale)
         if wide is None or narrow is None or narrow[-1:] != (1,) or wide[-1:] == (1,):
             continue
+        if not allow(node, "row scale"):
+            continue
         inverse = graphs.insert(
             model.graph, node, "Reciprocal", (scale,), name=f"{scale.name}_inverse",
             dtype=scale.dtype, shape=scale.shape,
@@ -134,6 +137,8 @@ def spell_residuals(model: ir.Model) -> int:
             continue
         if any(graphs.constant(value) is not None for value in add.inputs):
             continue
+        if not allow(add, "residual add"):
+            continue
         add.op_type = "Sum"
         count += 1
     return count
@@ -155,6 +160,8 @@ def widen_masks(model: ir.Model) -> int:
         if mask is None or query is None or _has_query_rows(shapes.of(mask), names):
             continue
         if mask not in wide:
+            if not allow(str(mask.name), "attention mask"):
+                continue
             wide[mask] = _widen(model.graph, node, mask, query)
             count += 1
         node.replace_input_with(_MASK, wide[mask])

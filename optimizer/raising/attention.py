@@ -26,7 +26,7 @@ from optimizer.nodes import operand, optional, users
 from optimizer.raising import heads as layout
 from optimizer.raising import rotary
 from optimizer.raising import scores as spelled
-from optimizer.raising.base import Miss, RuleReport, site
+from optimizer.raising.base import Miss, RuleReport, attempt, site
 from optimizer.raising.cache import Cache, find_cache, without_repeats
 from optimizer.raising.heads import Heads
 from optimizer.raising.masks import Masks
@@ -39,12 +39,12 @@ def run(model: ir.Model) -> RuleReport:
     state = _State(model.graph)
     for node in list(model.graph):
         if node.domain == "" and node.op_type == "Softmax":
-            state.note(node, _raise_decomposed(state, node))
+            state.note(node, attempt(node, _raise_decomposed, state, node))
     if state.applied:
         graphs.remove_dead(model)
     for node in list(model.graph):
         if node.graph is not None and node.domain == "" and node.op_type == "Attention":
-            state.note(node, _to_canonical(state, node))
+            state.note(node, attempt(node, _to_canonical, state, node))
     if state.applied:
         graphs.remove_dead(model)
         model.graph.sort()

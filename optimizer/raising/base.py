@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal, ParamSpec, TypeVar
 
 import onnx_ir as ir
 
+from optimizer.gate import in_force, rule_in_force
 from optimizer.graph import remove_dead
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,31 @@ class RuleReport:
         return RuleReport(sum(report.applied for report in reports), tuple(skipped))
 
 
+def allow(where: ir.Node | str, rule: str = "") -> bool:
+    """Whether a rule may rewrite here; to be asked where nothing but the rewrite is left to do.
+
+    A rule that is refused goes on as if it had not matched.
+    """
+    name = where if isinstance(where, str) else site(where)
+    return in_force().allow(name, rule or rule_in_force())
+
+
+def attempt(
+    node: ir.Node, rule: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+) -> T | Literal[False]:
+    """``rule(*args)``, for a rule that looks and rewrites in one, or False where that is refused.
+
+    The rule returns how many rewrites it made (True = 1); any other outcome, such as a reason,
+    means none.
+    """
+    if not allow(node):
+        return False
+    outcome = rule(*args, **kwargs)
+    if not (isinstance(outcome, int) and outcome):
+        in_force().withdraw()
+    return outcome
+
+
 #: Rewrites at one node and says whether it did, or why it nearly did.
 LocalRule = Callable[[ir.Node], bool | Miss]
 
@@ -55,7 +85,7 @@ def sweep(model: ir.Model, rules: Mapping[str, LocalRule]) -> RuleReport:
     applied, skipped = 0, []
     for node in model.graph:
         rule = rules.get(node.op_type) if node.domain == "" else None
-        outcome = rule(node) if rule is not None else False
+        outcome = attempt(node, rule, node) if rule is not None else False
         if isinstance(outcome, Miss):
             skipped.append(outcome)
         else:

@@ -24,7 +24,7 @@ from optimizer.graph import (
     replace_value,
     unique_name,
 )
-from optimizer.raising.base import RuleReport, opset_of
+from optimizer.raising.base import RuleReport, allow, attempt, opset_of
 from optimizer.raising.shapes import Shapes
 
 #: Bytes one folded result may add. A mask or position table of a short static sequence fits, a
@@ -60,7 +60,11 @@ def run(model: ir.Model) -> RuleReport:
     """Compute what depends on constants alone."""
     opset, shapes = opset_of(model), Shapes()
     return RuleReport(
-        sum(_fold(model.graph, node, opset, shapes) for node in model.graph if _foldable(node))
+        sum(
+            attempt(node, _fold, model.graph, node, opset, shapes)
+            for node in model.graph
+            if _foldable(node)
+        )
     )
 
 
@@ -93,7 +97,7 @@ def _lift_constants(root: ir.Graph, graph: ir.Graph) -> int:
             continue
         output = node.outputs[0]
         tensor = constant(output)
-        if tensor is None or output.is_graph_output():
+        if tensor is None or output.is_graph_output() or not allow(node):
             continue
         make_initializer(root, output, tensor)
         graph.remove(node, safe=True)

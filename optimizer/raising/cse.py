@@ -13,7 +13,7 @@ from collections.abc import Hashable
 import onnx_ir as ir
 
 from optimizer.graph import attribute_graphs, constant, replace_value
-from optimizer.raising.base import RuleReport
+from optimizer.raising.base import RuleReport, allow
 
 #: Constants above this many bytes are weights; comparing them would mean reading all of them.
 SMALL = 1024
@@ -45,7 +45,7 @@ def _merge_constants(graph: ir.Graph) -> int:
             continue
         key = (tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes())
         first = seen.setdefault(key, value)
-        if first is not value and not value.is_graph_output():
+        if first is not value and not value.is_graph_output() and allow(name):
             replace_value(value, first)
             del graph.initializers[name]
             count += 1
@@ -64,6 +64,8 @@ def _merge_nodes(graph: ir.Graph) -> int:
             continue
         pairs = list(zip(first.outputs, node.outputs, strict=True))
         if any(new.is_graph_output() and old.is_graph_output() for new, old in pairs):
+            continue
+        if not allow(node):
             continue
         for new, old in pairs:
             replace_value(old, new)

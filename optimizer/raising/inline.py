@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from optimizer.graph import forget_names
-from optimizer.raising.base import Miss, RuleReport, opset_of
+from optimizer.raising.base import Miss, RuleReport, allow, opset_of
 
 
 def run(model: ir.Model) -> RuleReport:
@@ -22,7 +22,7 @@ def run(model: ir.Model) -> RuleReport:
         for (_, name, _), function in model.functions.items()
         if (own := function.opset_imports.get("", version)) != version
     )
-    if misses or not model.functions:
+    if misses or not model.functions or not allow("functions"):
         return RuleReport(0, misses)
     count = len(model.functions)
     InlinePass()(model)

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnx.defs import OpSchema
 
 from optimizer.graph import add_initializer
-from optimizer.raising.base import Miss, RuleReport, opset_of, site
+from optimizer.raising.base import Miss, RuleReport, allow, opset_of, site
 from optimizer.raising.shapes import Shapes
 
 CANONICAL = 23
@@ -49,6 +49,8 @@ def run(model: ir.Model) -> RuleReport:
     }
     if misses:
         return RuleReport(0, tuple(misses[op_type] for op_type in sorted(misses)))
+    if not allow(f"opset {version} -> {CANONICAL}"):
+        return RuleReport()
     for node in nodes:
         adapt = _ADAPTERS.get(node.op_type)
         if adapt is not None:

@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from optimizer import graph as graphs
 from optimizer.nodes import node_of
-from optimizer.raising.base import Miss, RuleReport, site
+from optimizer.raising.base import Miss, RuleReport, allow, attempt, site
 
 _CONTRIB = "com.microsoft"
 _OFFSET = 128
@@ -36,10 +36,13 @@ def run(model: ir.Model) -> RuleReport:
         if node.domain == _CONTRIB and node.op_type == "MatMulIntegerToFloat":
             raiser.product(node)
         elif node.domain == "" and node.op_type == "Sum" and len(node.inputs) == 2:
+            if not allow(node):
+                continue
             node.op_type = "Add"
             raiser.applied += 1
         elif node.domain == "" and node.op_type in ("Softmax", "QuantizeLinear"):
-            raiser.applied += _raise_floor(node) + _raise_quotient(node)
+            raiser.applied += attempt(node, _raise_floor, node)
+            raiser.applied += attempt(node, _raise_quotient, node)
         elif node.domain == _CONTRIB and node.op_type == "GroupQueryAttention":
             reason = "its KV cache is filled in place; raise from the model with an appended cache"
             raiser.skipped.append(Miss(site(node), reason))
@@ -63,6 +66,8 @@ class _Raiser:
         reason = _fault(node)
         if reason is not None:
             self.skipped.append(Miss(site(node), reason))
+            return
+        if not allow(node):
             return
         codes, weight, _, weight_scale = node.inputs[:4]
         bias = node.inputs[6] if len(node.inputs) > 6 else None

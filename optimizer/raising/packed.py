@@ -20,7 +20,7 @@ from optimizer import block_parts
 from optimizer import graph as graphs
 from optimizer.nodes import dims
 from optimizer.raising import columns as tracking
-from optimizer.raising.base import Miss, RuleReport, site
+from optimizer.raising.base import Miss, RuleReport, allow, site
 from optimizer.raising.columns import Columns
 from optimizer.raising.shapes import Shapes
 from optimizer.structure import Linear
@@ -47,6 +47,8 @@ def run(model: ir.Model) -> RuleReport:
         reason = _reason_to_skip(shapes, pieces)
         if reason is not None:
             skipped.append(Miss(site(node), reason))
+            continue
+        if not allow(node):
             continue
         _rewrite(graph, layer, pieces)
         applied += 1

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from optimizer.graph import add_initializer, const, constant, insert, replace_value
 from optimizer.nodes import node_of
-from optimizer.raising.base import LocalRule, Miss, RuleReport, sweep
+from optimizer.raising.base import LocalRule, Miss, RuleReport, allow, sweep
 from optimizer.raising.constants import make_initializer
 from optimizer.raising.dims import Shape
 from optimizer.raising.shapes import Shapes
@@ -64,13 +64,15 @@ def _fold_arithmetic(graph: ir.Graph, shapes: Shapes) -> int:
             continue
         numbers = [dim for dim in vector if isinstance(dim, int)]
         if len(numbers) == len(vector):
+            if not allow(node):
+                continue
             array = np.array(numbers, dtype=dtype.numpy())
             make_initializer(graph, output, ir.Tensor(array.reshape(()) if not shape else array))
             graph.remove(node, safe=True)
             count += 1
             continue
         first = seen.setdefault((vector, shape, dtype), output)
-        if first is not output:
+        if first is not output and allow(node):
             replace_value(output, first)
             graph.remove(node, safe=True)
             count += 1

@@ -17,6 +17,7 @@ Source:  Su et al., RoFormer (2021), section 3.4.2; ONNX RotaryEmbedding-23.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -24,7 +25,7 @@ import onnx_ir as ir
 from optimizer import graph as graphs
 from optimizer.nodes import node_of, operand, operands, optional
 from optimizer.raising import heads as layout
-from optimizer.raising.base import Miss, RuleReport, site
+from optimizer.raising.base import Miss, RuleReport, attempt, site
 from optimizer.raising.dims import Dim, Shape
 from optimizer.raising.shape_rules import slice_bounds
 from optimizer.raising.shapes import Shapes
@@ -38,10 +39,10 @@ def run(model: ir.Model) -> RuleReport:
     state = _State(model.graph)
     for node in list(model.graph):
         if node.domain == "" and node.op_type == "Add":
-            _raise_decomposed(state, node)
+            attempt(node, state.counted, _raise_decomposed, node)
     for node in list(model.graph):
         if node.domain == "" and node.op_type == "Concat":
-            _raise_partial(state, node)
+            attempt(node, state.counted, _raise_partial, node)
     return state.report()
 
 
@@ -50,7 +51,7 @@ def join_heads(model: ir.Model) -> RuleReport:
     state = _State(model.graph)
     for node in list(model.graph):
         if node.domain == "" and node.op_type == "RotaryEmbedding":
-            _join_heads(state, node)
+            attempt(node, state.counted, _join_heads, node)
     return state.report()
 
 
@@ -63,6 +64,12 @@ class _State:
     def __post_init__(self) -> None:
         self.shapes = Shapes()
         self.tables = Tables(self.graph, self.shapes)
+
+    def counted(self, rule: Callable[[_State, ir.Node], None], node: ir.Node) -> int:
+        """Run a rule at a node; returns how many rewrites that were."""
+        before = self.applied
+        rule(self, node)
+        return self.applied - before
 
     def report(self) -> RuleReport:
         if self.applied:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from optimizer import graph as graphs
 from optimizer.nodes import dims, node_of, operand
-from optimizer.raising.base import RuleReport
+from optimizer.raising.base import RuleReport, attempt
 from optimizer.raising.shapes import Shapes
 
 UNARY = frozenset(
@@ -34,8 +34,8 @@ def run(model: ir.Model) -> RuleReport:
     shapes = Shapes()
     applied = 0
     for node in list(graph):
-        if node.domain == "" and len(node.outputs) == 1 and _move(graph, shapes, node):
-            applied += 1
+        if node.domain == "" and len(node.outputs) == 1:
+            applied += attempt(node, _move, graph, shapes, node)
     if applied:
         graphs.remove_dead(graph)
     return RuleReport(applied)
