@@ -65,10 +65,12 @@ def find_blocks(model: ir.Model) -> Structure:
             found = _block(node, len(blocks))
             if isinstance(found, Block):
                 blocks.append(found)
+            elif special.windowed(node):
+                misses[node] = (node.name or "Attention", "attention within windows of the tokens")
             else:
                 misses[node] = (node.name or "Attention", found)
         elif node.op_type == "Softmax" and _weighs_values(node):
-            misses[node] = (node.name or "Softmax", "the attention was not recognised")
+            misses[node] = (node.name or "Softmax", special.unrecognised(node))
     for block in blocks:
         if block.cross is not None:  # it is a part of its layer, and no layer of its own
             misses.pop(block.cross.node, None)
@@ -82,7 +84,7 @@ def _weighs_values(softmax: ir.Node) -> bool:
         for matmul in users(value, "MatMul"):
             if matmul.inputs[0] is value and weight_of(operands(matmul)[1]) is None:
                 return True
-        where = next(users(value, "Where"), None)
+        where = next(users(value, "Where", "Cast"), None)
         if where is None:
             return False
         value, pending = where.outputs[0], pending - 1
@@ -122,7 +124,7 @@ def _block(node: ir.Node, index: int) -> Block | str:
 
 
 def _assemble(index: int, attention: Attention, branch: parts.Branch, tail: _Tail) -> Block:
-    extras = [*branch.extras, *tail.extras]
+    extras = _without_casts([*branch.extras, *tail.extras])
     if tail.cross is not None:
         extras.append("cross-attention")
     if attention.repeats > 1:
@@ -147,6 +149,12 @@ def _assemble(index: int, attention: Attention, branch: parts.Branch, tail: _Tai
         cross=tail.cross,
         extras=tuple(dict.fromkeys(extras)),
     )
+
+
+def _without_casts(extras: list[str]) -> list[str]:
+    """Without the casts around a norm in a wider type, which belong to it."""
+    normed = [extra.removeprefix("norm ") for extra in extras if extra.startswith("norm after")]
+    return [extra for extra in extras if extra.removeprefix("Cast ") not in normed]
 
 
 def _linears(mlp: Mlp | Experts) -> tuple[Linear, ...]:

@@ -1,7 +1,7 @@
 """What a model must satisfy before anything is done with it.
 
 Each check raises an error that names the node or tensor; ``model_io.load_model`` puts the file's
-name in front. Nothing here changes the model.
+name in front. Only ``sort_nodes`` changes the model.
 """
 
 from __future__ import annotations
@@ -154,6 +154,20 @@ def find_cycle(graph: ir.Graph) -> list[ir.Node]:
                 path[below] = None
                 stack.append((below, _before(below, graph)))
     return []
+
+
+def sort_nodes(model: ir.Model) -> bool:
+    """Bring nodes after what they read; returns whether any was not.
+
+    The standard demands that order, runtimes do not, and some converters do not keep to it.
+    """
+    written: set[ir.Node] = set()
+    for node in model.graph:
+        if any(before not in written for before in _before(node, model.graph)):
+            model.graph.sort()
+            return True
+        written.add(node)
+    return False
 
 
 def _before(node: ir.Node, graph: ir.Graph) -> Iterator[ir.Node]:

@@ -99,6 +99,7 @@ def load_model(
         model = _read(path)
         model_input.check_versions(model)
         model_input.check_wiring(model)
+        model_input.sort_nodes(model)
         model_input.check_operators(model, tuple(Path(library) for library in custom_ops))
         model_input.check_tensors(model)
         _check_external(model, path)

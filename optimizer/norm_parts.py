@@ -8,6 +8,7 @@ the block search, which asks what its input is.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import onnx_ir as ir
 
@@ -26,12 +27,17 @@ def norm(output: ir.Value) -> Norm | None:
         return None
     if node.op_type in NORMS:
         return _one_node(node) if output.index() == 0 else None
+    if node.op_type == "Cast":
+        return _between_casts(output, operand(node))
     return _dynamic_tanh(node) if node.op_type in ("Add", "Mul") else None
 
 
 def norms_reading(value: ir.Value) -> Iterator[Norm]:
     """The normalizations of ``value``, those of one node first."""
     ends = [node.outputs[0] for op_type in NORMS for node in users(value, op_type)]
+    for cast in users(value, "Cast"):
+        inner = (node for op_type in NORMS for node in users(cast.outputs[0], op_type))
+        ends.extend(back.outputs[0] for node in inner for back in users(node.outputs[0], "Cast"))
     tanhs = list(users(value, "Tanh"))
     for scaled in users(value, "Mul"):
         tanhs.extend(users(scaled.outputs[0], "Tanh"))
@@ -68,6 +74,18 @@ def _one_node(node: ir.Node) -> Norm | None:
         scale_slot=Slot(node, 1),
         bias_slot=Slot(node, 2) if kind is NormKind.LAYER else None,
     )  # fmt: skip
+
+
+def _between_casts(output: ir.Value, wide: ir.Value) -> Norm | None:
+    """A norm in a wider type than the value it is of: cast, normalized, cast back."""
+    inner = _one_node(node) if (node := node_of(wide, *NORMS)) is not None else None
+    cast = None if inner is None else node_of(inner.input, "Cast")
+    if inner is None or cast is None or len(wide.uses()) != 1 or wide.is_graph_output():
+        return None
+    source = operand(cast)
+    if source.dtype is None or source.dtype != output.dtype:
+        return None
+    return replace(inner, input=source, output=output, reads=Slot(cast, 0))
 
 
 def _dynamic_tanh(last: ir.Node) -> Norm | None:

@@ -16,6 +16,15 @@ from optimizer.nodes import node_of, operand, users
 from optimizer.norm_parts import norm
 from optimizer.structure import Experts, Linear
 
+_ELEMENTWISE = ("Add", "Cast", "Clip", "Div", "Max", "Min", "Mul", "Sub", "Tanh", "Where")
+_LAYOUT = (
+    "Concat", "Expand", "Flatten", "Gather", "GatherElements", "Pad", "Reshape", "Slice", "Split",
+    "Squeeze", "Tile", "Transpose", "Unsqueeze",
+)  # fmt: skip
+#: Steps between the Softmax and the products its scores are made of, relative positions included.
+_MAX_SCORES = 60
+#: Steps between a norm and the windows cut out of its result.
+_MAX_WINDOW = 16
 #: A mixture written out has about thirty nodes per expert or some dozens in all.
 _MAX_ROUTED = 2000
 
@@ -47,7 +56,7 @@ def crossing(node: ir.Node) -> Crossing | str:
         return "only one of keys and values is a linear projection"
     if k is not None and v is not None and k.input is not v.input:
         return "keys and values read different values"
-    if k is None and not all(_is_complete_cache(value) for value in node.inputs[1:3]):
+    if k is None and not all(is_complete_cache(value) for value in node.inputs[1:3]):
         return "keys and values are neither linear projections nor a complete cache"
     o = _result(node, flat=flat)
     if o is None:
@@ -66,8 +75,10 @@ def _projection(value: ir.Value | None, *, flat: bool) -> Linear | None:
     return None if value is None else parts.linear(value)
 
 
-def _is_complete_cache(value: ir.Value | None) -> bool:
-    """A graph input: nothing is appended to it."""
+def is_complete_cache(value: ir.Value | None) -> bool:
+    """Keys or values that the model is given as they are, [B, H, T, c]: nothing is appended."""
+    cast = node_of(value, "Cast")
+    value = value if cast is None else cast.inputs[0]
     return value is not None and value.is_graph_input()
 
 
@@ -121,6 +132,8 @@ def experts(end: ir.Value) -> Experts | str | None:
         node = value.producer()
         if node is None or graphs.constant(value) is not None or node in nodes:
             continue
+        if node.op_type == "Shape":  # which values have it, layers share
+            continue
         if norm(value) is not None:
             inputs[value] = None
             continue
@@ -146,3 +159,52 @@ def _is_stream(node: ir.Node) -> bool:
     return node.op_type == "Add" and any(
         users(node.outputs[0], "LayerNormalization", "RMSNormalization")
     )
+
+
+def products_under(value: ir.Value) -> tuple[ir.Node, ...]:
+    """The products that scores, or what is added to them, are made of."""
+    products: dict[ir.Node, None] = {}
+    seen: set[ir.Node] = set()
+    pending = [value]
+    while pending and len(seen) < _MAX_SCORES:
+        current = pending.pop()
+        node = current.producer()
+        if node is None or node in seen or node.domain != "":
+            continue
+        seen.add(node)
+        if node.op_type == "MatMul":
+            products[node] = None
+        elif node.op_type in _LAYOUT and node.op_type != "Concat":
+            pending.append(operand(node))  # what else they read are shapes and positions
+        elif node.op_type in _ELEMENTWISE or node.op_type == "Concat":
+            pending.extend(v for v in node.inputs if v is not None)
+    return tuple(products)
+
+
+def unrecognised(softmax: ir.Node) -> str:
+    """Why the attention around a Softmax was left spelled out."""
+    count = len(products_under(operand(softmax)))
+    return disentangled(count) if count > 1 else "the attention was not recognised"
+
+
+def disentangled(count: int) -> str:
+    """The reason where scores come from more than queries and keys."""
+    return f"disentangled attention: its scores are the sum of {count} products"
+
+
+def windowed(node: ir.Node) -> bool:
+    """Whether the queries of an Attention (or product) come from windows cut out of a norm."""
+    value, cut, projected = operand(node), 0, False
+    for _ in range(_MAX_WINDOW):
+        layer = parts.linear(value)
+        if layer is not None and not projected:
+            value, projected, cut = layer.input, True, 0
+            continue
+        if projected and norm(value) is not None:
+            return cut > 1
+        step = value.producer()
+        if step is None or step.op_type not in (*_LAYOUT, "Mul", "Div"):
+            return False
+        cut += step.op_type in ("Reshape", "Transpose")
+        value = operand(step)
+    return False

@@ -78,12 +78,13 @@ class Norm:
     """A normalization over the last axis, of one node or (dynamic tanh) of several.
 
     Attributes:
-        node: The node that reads ``input``: the normalization itself; of a dynamic tanh the Mul by
-            alpha, or the Tanh where alpha is 1 and the Mul is left out.
+        node: The normalization itself; of a dynamic tanh the Mul by alpha, or the Tanh where alpha
+            is 1 and the Mul is left out.
         scale: Initializer [D] (gamma).
         bias: Initializer [D] (beta), or None (always None for RMS).
         epsilon: Added to the variance or mean square; 0 for a dynamic tanh, which has neither.
-        reads: Where ``input`` is read.
+        reads: Where ``input`` is read: by ``node``, or by the Cast before a norm in a wider type,
+            whose ``output`` then is that of the Cast back.
         scale_slot: Where ``scale`` is read; nothing but this norm's output depends on it.
         bias_slot: The same for ``bias``. The slot of a LayerNormalization without bias lies past
             its inputs. None: the norm cannot take a bias without one more node.

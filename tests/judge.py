@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import exporters
 import families
@@ -22,7 +22,7 @@ from optimizer.checks import check_model, check_pass
 from optimizer.errors import OptimizerError, UnsupportedError
 from optimizer.legalize import legalize
 from optimizer.model_io import load_model
-from optimizer.pass_base import Context
+from optimizer.pass_base import Context, Report
 from optimizer.runners.ort import OrtRunner
 from optimizer.runners.reference import ReferenceRunner
 from optimizer.structure import Block, Experts, Structure
@@ -78,8 +78,9 @@ def judge(cell: Cell) -> Verdict:
         original = load_model(path)
         model = original.clone()
         graph_pass = Canonicalize()
-        check_pass(original, model, graph_pass, graph_pass.call(model, Context()))
-        structure = find_blocks(model)
+        report = graph_pass.call(model, Context())
+        check_pass(original, model, graph_pass, report)
+        structure = _explained(find_blocks(model), report)
         lowered = model.clone()
         legalize(lowered, "ort-cpu")
         check_model(lowered, "ort-cpu")
@@ -91,6 +92,13 @@ def judge(cell: Cell) -> Verdict:
     if difference is not None:
         return Verdict(Outcome.WRONG, difference)
     return _judge_structure(cell, structure)
+
+
+def _explained(structure: Structure, report: Report) -> Structure:
+    """With what ``canonicalize`` itself said about a site, which is more precise."""
+    said = {skip.site: skip.reason for skip in report.skipped}
+    misses = ((name, said.get(name, reason)) for name, reason in structure.misses)
+    return replace(structure, misses=tuple(misses))
 
 
 def _judge_structure(cell: Cell, structure: Structure) -> Verdict:

@@ -17,7 +17,7 @@ import onnx.helper as oh
 import onnx_ir as ir
 import pytest
 
-from optimizer import model_writer
+from optimizer import model_input, model_writer
 from optimizer.errors import (
     ExportError,
     MissingDependencyError,
@@ -286,6 +286,20 @@ def test_a_cycle_is_named(tmp_path: Path) -> None:
     assert "cycle" in text
     assert "'first'" in text
     assert "'second'" in text
+
+
+def test_nodes_in_the_wrong_order_are_sorted(tmp_path: Path, matmul: onnx.ModelProto) -> None:
+    """ONNX Runtime takes such files, and its own float16 converter writes them."""
+    nodes = [
+        oh.make_node("MatMul", ["h", "w"], ["y"], "second"),
+        oh.make_node("MatMul", ["x", "w"], ["h"], "first"),
+    ]
+    path = tmp_path / "unsorted.onnx"
+    path.write_bytes(proto(nodes).SerializeToString())
+    model = load_model(path)
+    assert [node.name for node in model.graph] == ["first", "second"]
+    path.write_bytes(matmul.SerializeToString())
+    assert not model_input.sort_nodes(load_model(path))
 
 
 def test_a_dangling_input_is_named(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -186,22 +187,21 @@ def attention(pen: Pen) -> None:
     """Attention: softmax(softcap(scale q k^T) + mask) v on [batch, heads, tokens, size].
 
     Raises:
-        UnsupportedError: It is not the canonical 3-D form, or returns scores before the softmax.
+        UnsupportedError: It is neither the canonical 3-D form nor the 4-D form over a complete
+            cache, or returns scores before the softmax.
     """
     node = pen.node
-    heads = node.attributes.get_int("q_num_heads", 0)
-    kv_heads = node.attributes.get_int("kv_num_heads", 0)
-    if not heads or not kv_heads:
-        msg = f"node '{node.name}': Attention is lowered in its 3-D form only"
-        raise UnsupportedError(msg)
+    heads, kv_heads, flat = _head_counts(node)
     if _returns_scores(node) and node.attributes.get_int("qk_matmul_output_mode", 0) != _WEIGHTS:
         msg = (
             f"node '{node.name}': this Attention returns its scores from before the softmax, which "
             "is not lowered; choose --opset 23, or a --target that takes it"
         )
         raise UnsupportedError(msg)
-    query = _heads(pen, operand(node), heads)
-    key, value = (_heads(pen, operand(node, i), kv_heads) for i in (1, 2))
+    query, key, value = (operand(node, i) for i in range(3))
+    if flat:
+        query = _heads(pen, query, heads)
+        key, value = (_heads(pen, v, kv_heads) for v in (key, value))
     if optional(node, 4) is not None:
         key = pen.put("Concat", (operand(node, 4), key), {"axis": 2})
         value = pen.put("Concat", (operand(node, 5), value), {"axis": 2})
@@ -212,13 +212,48 @@ def attention(pen: Pen) -> None:
     if pen.floor is not None:
         top = pen.put("ReduceMax", (scores, pen.integers(-1)))
         scores = pen.put("Max", (scores, pen.put("Sub", (top, pen.number(pen.floor)))))
-    weights = pen.put("Softmax", (scores,), {"axis": -1})
-    graphs.carry_notes(node, weights)  # where raising looks for them
+    weights = _softmax(pen, scores)
     total = pen.put("MatMul", (weights, value))
+    if not flat:
+        pen.done(total, *present, weights)
+        return
     y = pen.put("Transpose", (total,), {"perm": [0, 2, 1, 3]})
     size = _size(node, 2, kv_heads)
     y = pen.put("Reshape", (y, pen.integers(0, 0, heads * size)))
     pen.done(y, *present, weights)
+
+
+def _head_counts(node: ir.Node) -> tuple[int, int, bool]:
+    """(H, Hkv, whether the heads are joined in the last axis)."""
+    heads = node.attributes.get_int("q_num_heads", 0)
+    kv_heads = node.attributes.get_int("kv_num_heads", 0)
+    if heads and kv_heads:
+        return heads, kv_heads, True
+    shapes = Shapes()
+    found = [shapes.of(operand(node, i)) for i in range(3)]
+    counts = [shape[1] for shape in found if shape is not None and len(shape) == 4]
+    same = len(counts) == 3 and counts[0] == counts[1] == counts[2]
+    if not same or not isinstance(counts[0], int) or optional(node, 4) is not None:
+        msg = (
+            f"node '{node.name}': Attention is lowered in its 3-D form, and in its 4-D form with "
+            "as many key heads as query heads and without a cache of its own, only"
+        )
+        raise UnsupportedError(msg)
+    return counts[0], counts[0], False
+
+
+def _softmax(pen: Pen, scores: ir.Value) -> ir.Value:
+    """Over the keys, in the precision that the node asks for."""
+    node = pen.node
+    own = operand(node).dtype or ir.DataType.FLOAT
+    precision = ir.DataType(node.attributes.get_int("softmax_precision", own.value))
+    if precision is not own:
+        scores = pen.put("Cast", (scores,), {"to": precision.value}, dtype=precision)
+    weights = pen.put("Softmax", (scores,), {"axis": -1}, dtype=precision)
+    graphs.carry_notes(node, weights)  # where raising looks for them
+    if precision is not own:
+        weights = pen.put("Cast", (weights,), {"to": own.value}, dtype=own)
+    return weights
 
 
 def _returns_scores(node: ir.Node) -> bool:
@@ -235,6 +270,13 @@ def _size(node: ir.Node, index: int, heads: int) -> int:
         msg = f"node '{node.name}': the head size of this Attention is not known"
         raise UnsupportedError(msg)
     return width // heads
+
+
+def _default_scale(node: ir.Node, heads: int) -> float:
+    shape = Shapes().of(operand(node))
+    if shape is not None and len(shape) == 4 and isinstance(shape[3], int):
+        return math.sqrt(1 / shape[3])
+    return math.sqrt(1 / _size(node, 0, heads))
 
 
 def _heads(pen: Pen, x: ir.Value, heads: int) -> ir.Value:
@@ -255,7 +297,7 @@ def _repeat(pen: Pen, x: ir.Value, index: int, heads: int, kv_heads: int) -> ir.
 
 def _scores(pen: Pen, query: ir.Value, key: ir.Value, heads: int) -> ir.Value:
     node = pen.node
-    scale = node.attributes.get_float("scale", 0.0) or _size(node, 0, heads) ** -0.5
+    scale = node.attributes.get_float("scale", 0.0) or _default_scale(node, heads)
     turned = pen.put("Transpose", (key,), {"perm": [0, 1, 3, 2]})
     scores = pen.put("Mul", (pen.put("MatMul", (query, turned)), pen.number(scale)))
     softcap = node.attributes.get_float("softcap", 0.0)
@@ -277,7 +319,7 @@ def _additive(pen: Pen, mask: ir.Value) -> ir.Value:
     if mask in pen.shared:
         return pen.shared[mask]
     dtype = operand(pen.node).dtype or ir.DataType.FLOAT
-    low = pen.number(float(np.finfo(dtype.numpy()).min))
+    low = pen.number(float(ml_dtypes.finfo(dtype.numpy()).min))
     result = pen.put("Where", (mask, pen.number(0.0), low), dtype=dtype)
     pen.shared[mask] = result  # the first node to ask comes first, so all others can read it
     return result

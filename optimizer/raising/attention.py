@@ -31,6 +31,7 @@ from optimizer.raising.cache import Cache, find_cache, without_repeats
 from optimizer.raising.heads import Heads
 from optimizer.raising.masks import Masks
 from optimizer.raising.shapes import Shapes
+from optimizer.special_parts import is_complete_cache
 
 
 def run(model: ir.Model) -> RuleReport:
@@ -79,7 +80,8 @@ def _raise_decomposed(state: _State, softmax: ir.Node) -> int | str:
         return 0
     if isinstance(found, str):
         return found
-    weighted = spelled.weighted_values(found.result)
+    own = found.query.value.dtype
+    weighted = spelled.weighted_values(found.result, None if found.precision is None else own)
     if isinstance(weighted, str):
         return weighted
     mask = state.masks.combine(list(found.parts), softmax)
@@ -93,6 +95,7 @@ def _raise_decomposed(state: _State, softmax: ir.Node) -> int | str:
         "Attention",
         [query, keys, weighted.values, *([] if mask is None else [mask])],
         {"scale": found.scale, "softcap": found.softcap, "is_causal": 0}
+        | ({} if found.precision is None else {"softmax_precision": found.precision.value})
         | ({"qk_matmul_output_mode": _PROBABILITIES} if weighted.read_elsewhere else {}),
         dtype=(output.dtype,) * (4 if weighted.read_elsewhere else 1),
         outputs=4 if weighted.read_elsewhere else 1,
@@ -131,10 +134,27 @@ def _to_canonical(state: _State, node: ir.Node) -> int | str:
         return "the rank of the queries is not known"
     if len(shape) != 4:
         return 0
+    if all(is_complete_cache(value) for value in node.inputs[1:3]):
+        return _unscale(state, node)
     found = _site(state, node)
     if isinstance(found, str):
         return found
     _rewrite(state, found)
+    return 1
+
+
+def _unscale(state: _State, node: ir.Node) -> int:
+    """Move a factor of the queries into the Attention, which stays 4-D like its cache."""
+    query = layout.find(state.shapes, operand(node))
+    if isinstance(query, str) or not query.joined:
+        return 0
+    source, factor = spelled.unscaled(query.source)
+    if source is query.source:
+        return 0
+    split = layout.split(state.graph, node, source, query.count, query.size)
+    scale = node.attributes.get_float("scale", float(query.size) ** -0.5)
+    node.replace_input_with(0, split)
+    node.attributes["scale"] = ir.AttrFloat32("scale", scale * factor)
     return 1
 
 

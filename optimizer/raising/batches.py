@@ -129,11 +129,14 @@ def _other(
         return value
     if own[0] != dims_.multiply(*lead[:2]):
         return None
-    leading = _dims_of(graph, node, first, 0, 2)
+    if not isinstance(lead[1], int):
+        return None
+    integers = ir.DataType.INT64
+    heads = graphs.add_initializer(graph, "heads", np.array([lead[1]], np.int64))
+    both = _dims_of(graph, node, value, 0, 1)
+    batch = graphs.insert(graph, node, "Div", [both, heads], dtype=integers)
     rest = _dims_of(graph, node, value, 1, _RANK)
-    target = graphs.insert(
-        graph, node, "Concat", [leading, rest], {"axis": 0}, dtype=ir.DataType.INT64
-    )
+    target = graphs.insert(graph, node, "Concat", [batch, heads, rest], {"axis": 0}, dtype=integers)
     name = f"{value.name}_split"
     return graphs.insert(graph, node, "Reshape", [value, target], name=name, dtype=value.dtype)
 

@@ -36,20 +36,37 @@ class Part:
     value: ir.Value
     keeps: bool | None = None
 
+    @property
+    def adds(self) -> bool:
+        """Whether numbers are added to the scores, and not only some scores left out."""
+        return self.keeps is None and _chosen(self.value) is None
+
 
 def is_lowest(value: ir.Value | None) -> bool:
     """Whether a constant is minus infinity or near the smallest finite number of its type.
 
-    Half of the smallest number is as good: no sum with a finite score of ordinary size leaves the
-    range in which exp gives 0.
+    Half of the smallest number is as good, and in a wider type the smallest of float16 is: no sum
+    with a finite score of ordinary size leaves the range in which exp gives 0.
     """
     tensor = graphs.constant(value)
     number = graphs.scalar(value)
     if tensor is None or number is None or not tensor.dtype.is_floating_point():
         return False
-    if tensor.dtype is ir.DataType.FLOAT16:
-        return number <= float(np.finfo(np.float16).min) / 2
-    return number <= float(np.finfo(np.float32).min) / 2
+    least = float(np.finfo(np.float16).min)
+    return number <= (least / 2 if tensor.dtype is ir.DataType.FLOAT16 else least)
+
+
+def _chosen(value: ir.Value) -> tuple[ir.Value, bool] | None:
+    """(condition, its value where the scores count) of what is 0 or the smallest number."""
+    where = node_of(value, "Where")
+    if where is None:
+        return None
+    condition, chosen, rest = (operand(where, index) for index in range(3))
+    if graphs.scalar(chosen) == 0 and is_lowest(rest):
+        return condition, True
+    if graphs.scalar(rest) == 0 and is_lowest(chosen):
+        return condition, False
+    return None
 
 
 class Masks:
@@ -80,24 +97,19 @@ class Masks:
         added = self._chain(floats, "Add", anchor)
         if keep is None or added is None:
             return keep if added is None else added
-        lowest = graphs.add_initializer(self._graph, "lowest", np.array(-np.inf, np.float32))
-        if added.dtype not in (None, ir.DataType.FLOAT):
-            return f"a mask of type {added.dtype} beside a bool mask"
+        number = np.array(-np.inf, (added.dtype or ir.DataType.FLOAT).numpy())
+        lowest = graphs.add_initializer(self._graph, "lowest", number)
         return self._once("Where", [keep, added, lowest], anchor)
 
     def _condition(self, part: Part, anchor: ir.Node) -> ir.Value | None:
         """The bool value that is True where the scores count; None for a float mask."""
         if part.keeps is not None:
             return part.value if part.keeps else self._once("Not", [part.value], anchor)
-        where = node_of(part.value, "Where")
-        if where is None:
+        found = _chosen(part.value)
+        if found is None:
             return None
-        condition, chosen, rest = (operand(where, index) for index in range(3))
-        if graphs.scalar(chosen) == 0 and is_lowest(rest):
-            return condition
-        if graphs.scalar(rest) == 0 and is_lowest(chosen):
-            return self._once("Not", [condition], anchor)
-        return None
+        condition, keeps = found
+        return condition if keeps else self._once("Not", [condition], anchor)
 
     def _chain(self, values: list[ir.Value], op_type: str, anchor: ir.Node) -> ir.Value | None:
         result: ir.Value | None = None

@@ -96,14 +96,19 @@ def _cut(shapes: Shapes, columns: Columns, steps: int) -> list[Columns] | None:
 
 
 def _laid_out_further(shapes: Shapes, piece: Columns) -> Columns:
-    """The part after the changes of layout that follow, so that all of them become one."""
+    """The part after the changes of layout that follow, so that all of them become one.
+
+    An Unsqueeze at the end stays: it begins a repetition of heads, which is recognised by it.
+    """
+    last = piece
     for _ in range(_MAX_CHAIN):
         user = graphs.only_user(piece.value)
         following = None if user is None else tracking.through(shapes, piece, user)
-        if following is None:
+        if user is None or following is None:
             break
         piece = following
-    return piece
+        last = last if user.op_type == "Unsqueeze" else piece
+    return last
 
 
 def _reason_to_skip(shapes: Shapes, pieces: list[Columns]) -> str | None:

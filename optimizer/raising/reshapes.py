@@ -2,7 +2,8 @@
 
 Rewrite:      Reshape(x, Concat(Shape(x)[0], Shape(x)[1], 12, 64)) -> Reshape(x, [0, 0, 12, 64])
               Reshape(Reshape(x)) -> Reshape(x); reshapes, expands and slices that change nothing
-              go away; collapse, transpose, restore -> one Transpose
+              go away; collapse, transpose, restore -> one Transpose;
+              Concat with an operand without elements -> without it
 Applies when: the symbolic shapes (``optimizer.raising.shapes``) prove it
 Exactness:    bitwise
 """
@@ -40,6 +41,7 @@ def run(model: ir.Model) -> RuleReport:
         "Squeeze": _with(shapes, _unchanged),
         "Unsqueeze": _with(shapes, _unchanged),
         "Transpose": _with(shapes, _restore),
+        "Concat": _with(shapes, _concat),
     }
     return RuleReport.total([RuleReport(folded), sweep(model, rules)])
 
@@ -193,6 +195,28 @@ def _slice(node: ir.Node, shapes: Shapes) -> bool:
         if start != 0 or not isinstance(axis, int) or source[axis] != end:
             return False
     return bypass(node)
+
+
+def _concat(node: ir.Node, shapes: Shapes) -> bool:
+    """Leave out what has no elements; one operand alone is the result."""
+    sizes = [shapes.of(value) for value in node.inputs]
+    axis = node.attributes["axis"].as_int()
+    kept = [
+        value
+        for value, size in zip(node.inputs, sizes, strict=True)
+        if size is None or not size or size[axis] != 0
+    ]
+    graph, output = node.graph, node.outputs[0]
+    if len(kept) in (0, len(node.inputs)) or not isinstance(graph, ir.Graph):
+        return False
+    if len(kept) == 1:
+        return bypass(node, node.inputs.index(kept[0]))
+    new = insert(
+        graph, node, "Concat", kept, dict(node.attributes.items()), name=output.name,
+        dtype=output.dtype, shape=output.shape,
+    )  # fmt: skip
+    replace_value(output, new, keep_name=True)
+    return True
 
 
 def _restore(node: ir.Node, shapes: Shapes) -> bool:

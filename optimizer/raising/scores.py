@@ -10,6 +10,7 @@ from optimizer import graph as graphs
 from optimizer.nodes import by_constant, node_of, operand, operands, perm, users
 from optimizer.raising.masks import Part, is_lowest
 from optimizer.raising.shapes import Shapes
+from optimizer.special_parts import disentangled, products_under
 
 _MAX_STEPS = 12
 #: Axes' order of the Transpose to [B, H, c, T] -> the order that makes [B, H, T, c] of its input.
@@ -44,6 +45,7 @@ class Scores:
         softcap: 0 for none.
         parts: What masks the scores.
         result: The probabilities [B, H, S, T].
+        precision: What the scores are cast to for the Softmax; None: nothing.
     """
 
     query: Side
@@ -52,6 +54,7 @@ class Scores:
     softcap: float
     parts: tuple[Part, ...]
     result: ir.Value
+    precision: ir.DataType | None = None
 
 
 def read(shapes: Shapes, softmax: ir.Node) -> Scores | str | None:
@@ -69,20 +72,20 @@ def read(shapes: Shapes, softmax: ir.Node) -> Scores | str | None:
     found = _walk(value, product)
     if isinstance(found, str):
         return found
-    scale, softcap, parts = found
+    scale, softcap, parts, precision = found
+    products = 1 + sum(len(products_under(part.value)) for part in parts)
+    if products > 1:
+        return disentangled(products)
     if turned is not None and parts:
         return "a mask on scores [batch, heads, keys, queries]"
-    sides = _sides(product)
+    sides = _sides(shapes, product, turned=turned is not None)
     if isinstance(sides, str):
         return sides
-    left, right, factor = sides
+    query, keys, factor = sides
     # Outside of the Tanh is the cap c, inside was 1/c times the scale.
     scale *= factor * (softcap or 1.0)
-    query, keys = (left, right) if turned is None else (right, left)
-    rank = shapes.of(query.value)
-    if rank is None or len(rank) != 4:
-        return "the rank of the queries is not known to be 4"
-    return Scores(query, keys, scale, softcap, tuple(parts), turned or softmax.outputs[0])
+    result = turned or softmax.outputs[0]
+    return Scores(query, keys, scale, softcap, tuple(parts), result, precision)
 
 
 def _turned_back(softmax: ir.Node) -> ir.Value | None:
@@ -95,14 +98,24 @@ def _turned_back(softmax: ir.Node) -> ir.Value | None:
     return user.outputs[0] if perm(user, 4) == _SWAP_LAST else None
 
 
-def _walk(value: ir.Value, product: ir.Node) -> tuple[float, float, list[Part]] | str:
-    """(scale inside of the soft cap, soft cap, masks) between the product and the Softmax."""
+def _walk(
+    value: ir.Value, product: ir.Node
+) -> tuple[float, float, list[Part], ir.DataType | None] | str:
+    """(scale inside of the soft cap, soft cap, masks, precision) from Softmax up to the product."""
     parts: list[Part] = []
     scale, softcap = 1.0, 0.0
+    precision: ir.DataType | None = None
     for _ in range(_MAX_STEPS):
         node = value.producer()
         if node is product or node is None:
             break
+        if node.op_type == "Cast":
+            if precision is not None or not _widens(node):
+                return "the scores are cast between the product and the Softmax"
+            if scale != 1.0 or softcap or any(part.adds for part in parts):
+                return "the scores are cast to another type before they are masked or scaled"
+            precision, value = value.dtype, operand(node)
+            continue
         step = _step(node)
         if isinstance(step, str):
             return step
@@ -117,23 +130,37 @@ def _walk(value: ir.Value, product: ir.Node) -> tuple[float, float, list[Part]] 
             scale, softcap = 1.0, scale
         else:
             scale *= effect
-    return scale, softcap, parts
+    return scale, softcap, parts, precision
 
 
-def _sides(product: ir.Node) -> tuple[Side, Side, float] | str:
-    """(left, right before its Transpose, product of the factors) of ``left @ right``."""
+def _widens(cast: ir.Node) -> bool:
+    """Whether a Cast goes from one floating-point type to a wider one."""
+    before, after = operand(cast).dtype, cast.outputs[0].dtype
+    if before is None or after is None:
+        return False
+    floats = before.is_floating_point() and after.is_floating_point()
+    return floats and after.bitwidth > before.bitwidth
+
+
+def _sides(shapes: Shapes, product: ir.Node, *, turned: bool) -> tuple[Side, Side, float] | str:
+    """(queries, keys, product of the factors) of ``q @ k^T``, or of ``k @ q^T`` if ``turned``."""
     first, second = operands(product)
     left, scale = unscaled(first)
-    turned, factor = unscaled(second)
+    right, factor = unscaled(second)
     scale *= factor
-    transpose = node_of(turned, "Transpose")
+    transpose = node_of(right, "Transpose")
     if transpose is None:
         return "the keys are not transposed"
     order = _KEY_ORDERS.get(perm(transpose, 4))
     if order is None:
         return f"the keys are transposed by {list(perm(transpose, 4))}"
     right, factor = unscaled(operand(transpose))
-    return Side(left), Side(right, order), scale * factor
+    sides = Side(left), Side(right, order)
+    query, keys = sides[::-1] if turned else sides
+    rank = shapes.of(query.value)
+    if rank is None or len(rank) != 4:
+        return "the rank of the queries is not known to be 4"
+    return query, keys, scale * factor
 
 
 def unscaled(value: ir.Value) -> tuple[ir.Value, float]:
@@ -182,7 +209,7 @@ def _product_under(value: ir.Value) -> ir.Node | None:
         if node.op_type == "MatMul":
             if all(graphs.constant(v) is None for v in operands(node)):
                 return node
-        elif node.op_type in ("Add", "Div", "Mul", "Tanh", "Where"):
+        elif node.op_type in ("Add", "Cast", "Div", "Mul", "Tanh", "Where"):
             inputs = node.inputs[1:] if node.op_type == "Where" else node.inputs
             pending.extend((v, steps - 1) for v in reversed(inputs) if v is not None)
     return None
@@ -205,14 +232,24 @@ class Weighted:
     read_elsewhere: bool
 
 
-def weighted_values(value: ir.Value) -> Weighted | str:
-    """The MatMul that the probabilities ``value`` go into."""
+def weighted_values(value: ir.Value, narrow: ir.DataType | None = None) -> Weighted | str:
+    """The MatMul that the probabilities ``value`` go into.
+
+    Args:
+        value: The result of the Softmax.
+        narrow: What it must be cast to first, None for nothing.
+    """
     guard = [use.node for use in value.uses() if use.node.op_type == "IsNaN"]
     if len(guard) == 1 and guard[0].domain == "":
         guarded = _without_guard(value, guard[0])
         if isinstance(guarded, str):
             return guarded
         value = guarded
+    if narrow is not None:
+        cast = graphs.only_user(value)
+        if cast is None or cast.op_type != "Cast" or cast.outputs[0].dtype is not narrow:
+            return f"the attention probabilities are not cast back to {narrow.name}"
+        value = cast.outputs[0]
     products = [node for node in users(value, "MatMul") if node.inputs[0] is value]
     if len(products) != 1:
         return "the attention probabilities are not multiplied by values"
