@@ -36,6 +36,7 @@ from optimizer.raising import (
     reshapes,
     rotary,
     rows,
+    sequences,
     simplify,
     value_info,
 )
@@ -112,6 +113,7 @@ STEPS: tuple[Step, ...] = (
     Step("clean", clean),
     Step("opset", opset.run),
     Step("clean", clean),
+    Step("sequences", sequences.run),
     Step("runtime forms", ort_cpu.run),
     Step("linears", linears.run),
     Step("rows", rows.run),

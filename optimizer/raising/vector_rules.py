@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from optimizer.raising import dims
 from optimizer.raising.dims import Dim, Shape
-from optimizer.raising.shape_rules import numbers, slice_bounds
+from optimizer.raising.shape_rules import numbers, slice_bounds, unknown
 
 if TYPE_CHECKING:
     from optimizer.raising.shapes import Shapes
@@ -52,8 +52,13 @@ def _vector_of_quotient(shapes: Shapes, node: ir.Node) -> Shape | None:
     if left is None or right is None or len(right) != 1:
         return None
     quotients = [dims.divide(dim, right[0]) for dim in left]
-    known = [quotient for quotient in quotients if quotient is not None]
-    return tuple(known) if len(known) == len(quotients) else None
+    sizes = all(dims.never_negative(dim) for dim in (*left, *right))
+    if None in quotients and not sizes:  # what gets a symbol of its own must be a size
+        return None
+    return tuple(
+        unknown(node.outputs[0], index) if quotient is None else quotient
+        for index, quotient in enumerate(quotients)
+    )
 
 
 def _vector_of_product(shapes: Shapes, node: ir.Node) -> Shape | None:
