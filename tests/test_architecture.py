@@ -26,7 +26,7 @@ LAYERS = [
     for row in (
         "errors",
         "machine metrics inputs sample_sources samples feeds probes deviation targets memory "
-        "listener onnx_wire gate halving",
+        "listener onnx_wire gate halving elf environment diagnosis",
         "graph nodes proto segments fingerprint structure norm_parts quantized_parts "
         "block_parts special_parts blocks raising fusion checks model_input model_writer model_io "
         "frontends runners",

@@ -7,6 +7,7 @@ command runs, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import difflib
+import importlib
 import logging
 import os
 import sys
@@ -28,14 +29,16 @@ from optimizer.errors import (
 __all__ = ["cli", "main"]
 
 _DEFAULT = "optimize"
-#: Commands and what they are for; their modules are imported when used.
+#: Command -> what it does. Its module is imported when it is used: ``tools`` unless named below.
 _COMMANDS = {
     "passes": "List the passes, or explain one.",
     "bench": "Measure the latency of models against each other.",
     "check": "Compare the numbers of two models; the exit code is the verdict.",
     "inspect": "Show what is in a model: blocks, operators, sizes, provenance.",
     "bisect": "Find the pass and the rewrite in it that break a model.",
+    "doctor": "Show what is installed, which targets work here, and what does not fit together.",
 }
+_MODULES = {"bisect": "bisect", "doctor": "doctor"}
 
 
 class ModelOrCommand(click.Group):
@@ -55,9 +58,7 @@ class ModelOrCommand(click.Group):
             return run
         if cmd_name not in _COMMANDS:
             return None
-        from optimizer.cli import bisect, tools
-
-        module = bisect if cmd_name == "bisect" else tools
+        module = importlib.import_module(f"optimizer.cli.{_MODULES.get(cmd_name, 'tools')}")
         command: click.Command = getattr(module, f"{cmd_name}_command")
         return command
 
