@@ -93,6 +93,8 @@ def same_tensor(a: ir.TensorProtocol, b: ir.TensorProtocol) -> bool:
         place_a, place_b = ((t.path, t.offset, t.length) for t in (a, b))
         if place_a == place_b:
             return True
+    if a.dtype == ir.DataType.STRING:
+        return np.array_equal(a.numpy(), b.numpy())
     return a.tobytes() == b.tobytes()
 
 

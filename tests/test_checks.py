@@ -251,6 +251,11 @@ class TestFingerprint:
         assert not same_tensor(a, ir.tensor(np.zeros(4, np.float32)))
         assert len(reads) == 1
 
+    def test_texts_are_compared_as_such(self):
+        a, b, c = (ir.tensor(["x", last], dtype=ir.DataType.STRING) for last in "yyz")
+        assert same_tensor(a, b)
+        assert not same_tensor(a, c)
+
     def test_nodes_of_subgraphs_count(self):
         text = (
             '<ir_version: 10, opset_import: ["" : 20]> g (bool c, float[2] x) => (float[2] y) {{'
