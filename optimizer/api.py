@@ -138,7 +138,9 @@ def _resolve(
         raise OptionError("passes come either from --passes or from --recipe, not from both")
     if isinstance(recipe, Recipe):
         if settings or overrides:
-            pairs = [(step.spec, step.options.model_dump()) for step in recipe.steps]
+            pairs = [
+                (step.spec, {**step.recorded, **step.options.model_dump()}) for step in recipe.steps
+            ]
             return make_recipe(
                 pairs, overrides=overrides, **{**recipe.settings.model_dump(), **settings}
             )

@@ -29,8 +29,8 @@ class PassLike(Protocol):
     """What is checked of a pass (see ``pass_base.GraphPass``)."""
 
     name: ClassVar[str]
-    emits: ClassVar[tuple[Operator, ...]]
-    breaks: ClassVar[frozenset[str]]
+    emits: tuple[Operator, ...]
+    breaks: frozenset[str]
 
 
 class ReportLike(Protocol):

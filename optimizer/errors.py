@@ -7,6 +7,9 @@ only ever shown for errors that are not of these classes.
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
+
 EXIT_DONE = 0
 EXIT_INTERNAL = 1
 EXIT_USAGE = 2
@@ -58,6 +61,12 @@ class PassContractError(OptimizerError):
     exit_code = EXIT_INTERNAL
 
 
+class ScriptError(OptimizerError):
+    """A script of the user's failed, or broke the graph it was given."""
+
+    exit_code = EXIT_USAGE
+
+
 class VerificationError(OptimizerError):
     """A pass changed the numbers by more than its declared exactness allows."""
 
@@ -86,3 +95,16 @@ class ExportError(OptimizerError):
     """The result could not be written (disk full, no permission, ...)."""
 
     exit_code = EXIT_INTERNAL
+
+
+def place_of(error: BaseException, file: Path | None = None) -> str:
+    """``file:line`` of the last step of a failure; of the last one in ``file`` where it is given.
+
+    A failure that did not pass through ``file`` is placed at the file as a whole.
+    """
+    frames = list(traceback.extract_tb(error.__traceback__))
+    if file is not None:
+        frames = [f for f in frames if Path(f.filename).resolve() == file.resolve()]
+    if not frames:
+        return str(file)
+    return f"{file or Path(frames[-1].filename).name}:{frames[-1].lineno}"

@@ -185,7 +185,13 @@ class Job:
         return candidate if candidate.is_file() else None
 
     def _check_early(self) -> None:
-        """What can be refused before the model is read."""
+        """What can be refused, or should be said, before the model is read."""
+        for step in self.recipe.steps:
+            if step.recorded and step.recorded != step.origin:
+                self.listener.note(
+                    f"pass '{step.spec}' is not what the recipe was written with: the result may "
+                    "differ"
+                )
         if self.request.calibration is None:
             require_data(self.recipe, measured=self.request.evaluation is not None)
         output = self.request.output

@@ -99,18 +99,23 @@ class GraphPass(Generic[OptionsT]):
     """Base class of every pass.
 
     Class attributes are readable without running anything; ``Options`` is the only definition of
-    the options for command line, recipe files and Python.
+    the options for command line, recipe files and Python. What is no ``ClassVar`` an instance may
+    state anew for its own options.
     """
 
     name: ClassVar[str]
-    exactness: ClassVar[Exactness]
+    exactness: Exactness
     Options: ClassVar[type[PassOptions]] = PassOptions
     #: Passes that must not come later in a recipe than this one.
     after: ClassVar[tuple[str, ...]] = ()
     #: Operators of other domains that this pass may emit, as (domain, op type).
-    emits: ClassVar[tuple[tuple[str, str], ...]] = ()
+    emits: tuple[tuple[str, str], ...] = ()
     #: Invariants this pass may change: "inputs", "outputs" (names/shapes of graph inputs/outputs).
-    breaks: ClassVar[frozenset[str]] = frozenset()
+    breaks: frozenset[str] = frozenset()
+    #: Whether it reads the canonical dialect; otherwise it may also stand before ``canonicalize``.
+    canonical: ClassVar[bool] = True
+    #: Whether a second run right after the first changes nothing.
+    idempotent: ClassVar[bool] = True
 
     def __init__(self, options: OptionsT | None = None) -> None:
         self.options: OptionsT = options if options is not None else self.Options()  # type: ignore[assignment]

@@ -26,6 +26,7 @@ from optimizer.errors import (
     OptimizerError,
     PassContractError,
     VerificationError,
+    place_of,
 )
 from optimizer.legalize import legalize
 from optimizer.listener import Listener, Silent
@@ -95,7 +96,11 @@ class Run:
         self._original = self.model.clone() if self._verifies("final") else None
         self._exact = True
         self._measured = False
-        for step in (first_step(), *self.recipe.steps):
+        steps = self.recipe.steps
+        # Named by the user only where something comes before it.
+        if all(step.name != FIRST_PASS for step in steps):
+            steps = (first_step(), *steps)
+        for step in steps:
             self._run_pass(step)
         if self.fail_on_noop and not self.report.matched():
             raise NoopError(noop_message(self.report))
@@ -119,7 +124,7 @@ class Run:
     def _run_pass(self, step: Step) -> None:
         self.listener.stage(step.name)
         graph_pass = step.create()
-        exactness = step.pass_class.exactness
+        exactness = graph_pass.exactness
         size, before = size_of(self.model), self.model.clone()
         with memory.Peak() as peak:
             started = time.perf_counter()
@@ -282,8 +287,13 @@ def blame(name: str) -> Iterator[None]:
         if str(error).startswith(f"pass '{name}'"):
             raise
         raise type(error)(f"pass '{name}': {error}") from error
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError, AssertionError) as error:
-        msg = f"pass '{name}' failed: {type(error).__name__}: {error}; this is a defect of the pass"
+    except MemoryError:
+        raise
+    except (Exception, SystemExit) as error:
+        msg = (
+            f"pass '{name}' failed at {place_of(error)}: {type(error).__name__}: {error}; this is "
+            "a defect of the pass"
+        )
         raise PassContractError(msg) from error
 
 

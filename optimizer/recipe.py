@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from optimizer.budget import Budget
 from optimizer.errors import OptionError, RecipeError
+from optimizer.external_passes import DISTRIBUTION, FILE_DIGEST, origin
 from optimizer.pass_base import GraphPass, PassOptions
 from optimizer.targets import get_target
 from passes import get_pass
@@ -41,8 +42,12 @@ class Step:
 
     pass_class: type[GraphPass[Any]]
     options: PassOptions
-    #: How the pass was asked for: its name, or ``./file.py:Class``.
+    #: How the pass was asked for: its name, or ``./file.py:NAME``.
     spec: str
+    #: What identifies its code, for a pass from elsewhere; see ``external_passes.origin``.
+    origin: Mapping[str, str] = field(default_factory=dict)
+    #: The same when the recipe was written.
+    recorded: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -107,7 +112,8 @@ class Recipe:
             "version": VERSION,
             **self.settings.model_dump(),
             "passes": [
-                {"pass": step.spec, **step.options.model_dump(mode="json")} for step in self.steps
+                {"pass": step.spec, **step.origin, **step.options.model_dump(mode="json")}
+                for step in self.steps
             ],
         }
 
@@ -133,9 +139,10 @@ def make_recipe(
     raw = [_parse_step(item) if isinstance(item, str) else item for item in passes]
     named = [(spec, dict(options), get_pass(spec)) for spec, options in raw]
     _apply_overrides(named, overrides)
-    steps = tuple(Step(cls, make_options(cls, opts), spec) for spec, opts, cls in named)
+    steps = tuple(_make_step(spec, options, cls) for spec, options, cls in named)
     if steps and steps[0].name == FIRST_PASS:
         steps = steps[1:]
+    _check_names(steps)
     check_order(steps)
     try:
         checked = Settings(**settings)
@@ -144,6 +151,25 @@ def make_recipe(
     _check_target(checked)
     Budget.parse(checked.budget)
     return Recipe(steps, checked)
+
+
+def _make_step(spec: str, given: dict[str, Any], pass_class: type[GraphPass[Any]]) -> Step:
+    recorded = {key: str(given.pop(key)) for key in (FILE_DIGEST, DISTRIBUTION) if key in given}
+    options = make_options(pass_class, given)
+    return Step(pass_class, options, spec, origin(spec), recorded)
+
+
+def _check_names(steps: Sequence[Step]) -> None:
+    """Two passes of one name could not be told apart in options, order and report."""
+    known: dict[str, Step] = {}
+    for step in steps:
+        other = known.setdefault(step.name, step)
+        if other.pass_class is not step.pass_class:
+            msg = (
+                f"'{other.spec}' and '{step.spec}' are both called '{step.name}'; rename one of "
+                "the two passes"
+            )
+            raise RecipeError(msg)
 
 
 def _check_target(settings: Settings) -> None:
@@ -274,9 +300,11 @@ def check_order(steps: Sequence[Step]) -> None:
     """
     for index, step in enumerate(steps):
         late = [item.name for item in steps[index + 1 :] if item.name in step.pass_class.after]
-        if step.name == FIRST_PASS:
+        early = next((item for item in steps[:index] if item.pass_class.canonical), None)
+        if step.name == FIRST_PASS and early is not None:
             msg = (
-                f"pass '{FIRST_PASS}' is number {index + 1}; it always runs first, so leave it out"
+                f"pass '{FIRST_PASS}' is number {index + 1}; it always runs first, so leave it out "
+                f"('{early.name}' reads what it makes)"
             )
             raise RecipeError(msg)
         if late:
