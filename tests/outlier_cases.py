@@ -54,7 +54,7 @@ def small(
 ) -> tuple[ir.Model, dict[str, np.ndarray]]:
     """A norm and two linear layers, y0 and y1, that read one-sided channels of all sizes."""
     rng = np.random.default_rng(seed)
-    w = models._Writer()
+    w = models.Writer()
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["n", width]))
     gain = (3.0 ** np.arange(width) / 8).astype(np.float32)
     inputs: list[ir.Value | None] = [x, w.const("gamma", gain)]

@@ -31,14 +31,15 @@ __all__ = ["cli", "main"]
 _DEFAULT = "optimize"
 #: Command -> what it does. Its module is imported when it is used: ``tools`` unless named below.
 _COMMANDS = {
-    "passes": "List the passes, or explain one.",
+    "passes": "List the passes, explain one, or test one of your own.",
     "bench": "Measure the latency of models against each other.",
     "check": "Compare the numbers of two models; the exit code is the verdict.",
     "inspect": "Show what is in a model: blocks, operators, sizes, provenance.",
     "bisect": "Find the pass and the rewrite in it that break a model.",
     "doctor": "Show what is installed, which targets work here, and what does not fit together.",
 }
-_MODULES = {"bisect": "bisect", "doctor": "doctor"}
+_MODULES = {"bisect": "bisect", "doctor": "doctor", "passes": "passes"}
+
 
 
 class ModelOrCommand(click.Group):

@@ -1,9 +1,7 @@
-"""The commands beside the default one: passes, bench, check, inspect."""
+"""The commands that read models: bench, check, inspect."""
 
 from __future__ import annotations
 
-import inspect as python_inspect
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,63 +43,6 @@ _custom_ops = click.option(
     "--custom-ops", type=_FILE, multiple=True, metavar="LIB", help="Library of custom operators."
 )
 _threads = click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
-
-
-@click.command("passes", context_settings=_HELP)
-@click.argument("name", required=False)
-@_json
-def passes_command(name: str | None, as_json: bool) -> int:  # noqa: FBT001
-    """List the passes in the order they belong in, or explain the pass NAME."""
-    from optimizer.cli import screen
-    from passes import all_names, get_pass
-
-    names = (name,) if name else all_names()
-    described = [_describe(get_pass(item)) for item in names]
-    if as_json:
-        screen.print_json(described[0] if name else described)
-    elif name:
-        _print_pass(described[0])
-    else:
-        width = max(len(item["name"]) for item in described)
-        for item in described:
-            data = "sample data" if item["needs_calibration"] else "no data"
-            click.echo(
-                f"{item['name']:{width}}  {item['exactness']:12} {data:12} {item['summary']}"
-            )
-        click.echo("explain one: optimize passes NAME")
-    return EXIT_DONE
-
-
-def _describe(pass_class: Any) -> dict[str, Any]:
-    module = sys.modules.get(pass_class.__module__)  # none for a pass from a file
-    text = python_inspect.getdoc(module or pass_class) or python_inspect.getdoc(pass_class) or ""
-    options = {}
-    for key, info in pass_class.Options.model_fields.items():
-        options[key] = {"default": info.default, "description": info.description or ""}
-    return {
-        "name": pass_class.name,
-        "summary": text.partition("\n")[0],
-        "text": text,
-        "exactness": pass_class.exactness.value,
-        "needs_calibration": pass_class().needs_calibration(),
-        "after": list(pass_class.after),
-        "options": options,
-        "schema": pass_class.Options.model_json_schema(),
-    }
-
-
-def _print_pass(item: dict[str, Any]) -> None:
-    click.echo(f"{item['name']}  ({item['exactness']})\n\n{item['text']}")
-    if item["after"]:
-        click.echo(f"\nComes after: {', '.join(item['after'])}")
-    if not item["options"]:
-        click.echo("\nNo options.")
-        return
-    click.echo(f"\nOptions (--set {item['name']}.OPTION=VALUE):")
-    for key, info in item["options"].items():
-        click.echo(f"  {key} = {info['default']}")
-        if info["description"]:
-            click.echo(f"      {info['description']}")
 
 
 @click.command("inspect", context_settings=_HELP)

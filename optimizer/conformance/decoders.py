@@ -1,7 +1,7 @@
-"""Builds small canonical transformer models for tests: one function, every style.
+"""Builds small canonical transformer models: one function, every style.
 
 The graphs are written node by node in the canonical dialect (optimizer/DESIGN.md), so that the
-tests of a pass do not depend on the frontends or on ``canonicalize``.
+tests of a pass do not depend on the frontends or on ``canonicalize``. Numbers are random.
 """
 
 from __future__ import annotations
@@ -48,14 +48,21 @@ class Config:
 
 
 @dataclass
-class _Writer:
-    """Appends nodes and initializers to a graph under construction."""
+class Writer:
+    """Appends nodes and initializers to a graph under construction.
+
+    Attributes:
+        nodes: In order.
+        initializers: By name.
+        count: Of the nodes, for names.
+    """
 
     nodes: list[ir.Node] = field(default_factory=list)
     initializers: dict[str, ir.Value] = field(default_factory=dict)
     count: int = 0
 
     def const(self, name: str, array: np.ndarray) -> ir.Value:
+        """The initializer of a name, made on first use."""
         if name not in self.initializers:
             tensor = ir.tensor(array, name=name)
             self.initializers[name] = ir.Value(
@@ -70,11 +77,17 @@ class _Writer:
         self,
         op_type: str,
         inputs: list[ir.Value | None],
-        name: str | list[str] | None = None,
+        name: str | None = None,
         **attributes: Any,
-    ) -> Any:
+    ) -> ir.Value:
+        """Append a node with one output, called ``name``."""
+        return self.node(op_type, inputs, [name or f"v{self.count + 1}"], **attributes)[0]
+
+    def node(
+        self, op_type: str, inputs: list[ir.Value | None], names: list[str], **attributes: Any
+    ) -> list[ir.Value]:
+        """Append a node with outputs of the given names."""
         self.count += 1
-        names = [name or f"v{self.count}"] if not isinstance(name, list) else name
         outputs = [ir.Value(name=n) for n in names]
         self.nodes.append(
             ir.node(
@@ -85,7 +98,7 @@ class _Writer:
                 name=f"n{self.count}_{op_type}",
             )
         )
-        return outputs[0] if len(outputs) == 1 else outputs
+        return outputs
 
 
 def _input(name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
@@ -101,29 +114,15 @@ def build(config: Config | None = None, **changes: Any) -> ir.Model:
     Outputs: logits [batch, sequence, vocab], present.N.key/value.
     """
     c = Config(**changes) if config is None else config
-    w = _Writer()
+    w = Writer()
     cos = sin = mask = None
-    ids = _input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
-    inputs = [ids]
-    total = "total_sequence" if c.kv_cache else "sequence"
-    if c.mask:
-        inputs.append(_input("attention_mask", ir.DataType.INT64, ["batch", total]))
-    if c.rotary:
-        inputs.append(_input("position_ids", ir.DataType.INT64, ["batch", "sequence"]))
-    pasts = []
-    for i in range(c.layers if c.kv_cache else 0):
-        shape: list[int | str] = ["batch", c.kv_heads, "past_sequence", c.head_dim]
-        pasts.append(
-            [_input(f"past_key_values.{i}.{t}", ir.DataType.FLOAT, shape) for t in ("key", "value")]
-        )
-    for pair in pasts:
-        inputs.extend(pair)
+    inputs, pasts = _inputs(c)
     by_name = {v.name: v for v in inputs}
     outputs: list[ir.Value] = []
 
     rng = np.random.default_rng(c.seed)
     table = rng.normal(0, 1, (c.vocab, c.hidden)).astype(np.float32)
-    x = w.op("Gather", [w.const("embedding.weight", table), ids], "stream.0", axis=0)
+    x = w.op("Gather", [w.const("embedding.weight", table), inputs[0]], "stream.0", axis=0)
     if c.rotary:
         cos, sin = _rotary_tables(w, c, by_name["position_ids"])
     if c.mask:
@@ -160,7 +159,25 @@ def build(config: Config | None = None, **changes: Any) -> ir.Model:
     return ir.Model(graph, ir_version=10, producer_name="tests")
 
 
-def _rotary_tables(w: _Writer, c: Config, positions: ir.Value) -> tuple[ir.Value, ir.Value]:
+def _inputs(c: Config) -> tuple[list[ir.Value], list[list[ir.Value]]]:
+    """All graph inputs, the token ids first, and per layer those of its cache."""
+    inputs = [_input("input_ids", ir.DataType.INT64, ["batch", "sequence"])]
+    total = "total_sequence" if c.kv_cache else "sequence"
+    if c.mask:
+        inputs.append(_input("attention_mask", ir.DataType.INT64, ["batch", total]))
+    if c.rotary:
+        inputs.append(_input("position_ids", ir.DataType.INT64, ["batch", "sequence"]))
+    pasts = []
+    for i in range(c.layers if c.kv_cache else 0):
+        shape: list[int | str] = ["batch", c.kv_heads, "past_sequence", c.head_dim]
+        pasts.append(
+            [_input(f"past_key_values.{i}.{t}", ir.DataType.FLOAT, shape) for t in ("key", "value")]
+        )
+        inputs.extend(pasts[-1])
+    return inputs, pasts
+
+
+def _rotary_tables(w: Writer, c: Config, positions: ir.Value) -> tuple[ir.Value, ir.Value]:
     inv = (10000.0 ** (-np.arange(0, c.head_dim, 2) / c.head_dim)).astype(np.float32)
     p = w.op("Cast", [positions], to=ir.DataType.FLOAT.value)
     p = w.op("Unsqueeze", [p, w.const("axis_last", np.array([-1], np.int64))])
@@ -169,7 +186,7 @@ def _rotary_tables(w: _Writer, c: Config, positions: ir.Value) -> tuple[ir.Value
 
 
 def _mask(
-    w: _Writer, c: Config, inputs: dict[str | None, ir.Value], pasts: list[list[ir.Value]]
+    w: Writer, c: Config, inputs: dict[str | None, ir.Value], pasts: list[list[ir.Value]]
 ) -> ir.Value:
     """Bool [batch, 1, sequence, total]: causal (bottom-right aligned) and not padding."""
     zero, one = (w.const(n, np.array(v, np.int64)) for n, v in (("zero", 0), ("one", 1)))
@@ -188,7 +205,7 @@ def _mask(
 
 
 def _norm(
-    w: _Writer, c: Config, name: str, x: ir.Value, rng: np.random.Generator, epsilon: float
+    w: Writer, c: Config, name: str, x: ir.Value, rng: np.random.Generator, epsilon: float
 ) -> ir.Value:
     scale = w.const(f"{name}.weight", rng.uniform(0.5, 1.5, c.hidden).astype(np.float32))
     if c.norm == "rms":
@@ -206,7 +223,7 @@ class _Layer:
 
     def __init__(
         self,
-        w: _Writer,
+        w: Writer,
         c: Config,
         index: int,
         source: int,
@@ -266,7 +283,7 @@ class _Layer:
         names = [f"attention.{i}"]
         if self.past:
             names += [f"present.{i}.key", f"present.{i}.value"]
-        result = w.op(
+        y, *present = w.node(
             "Attention",
             inputs,
             names,
@@ -275,7 +292,6 @@ class _Layer:
             scale=float(c.head_dim**-0.5),
             is_causal=0,
         )
-        y, present = (result[0], result[1:]) if self.past else (result, [])
         for value in present:
             value.shape = ir.Shape(["batch", c.kv_heads, "total_sequence", c.head_dim])
         o = self.linear("o", y, c.heads * c.head_dim, c.hidden, zero=self.source in c.zero_layers)
