@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from optimizer.external_passes import HEADINGS
 from optimizer.pass_base import PassOptions
 from passes import PASS_NAMES, get_pass
 
@@ -30,10 +31,12 @@ LAYERS = [
         "graph nodes proto segments fingerprint structure norm_parts quantized_parts "
         "block_parts special_parts blocks raising fusion checks model_input model_writer model_io "
         "frontends runners",
-        "observers calibration pass_base quantization generation legalize",
-        "passes",
+        "observers calibration pass_base graphsurgeon external_passes quantization generation "
+        "legalize",
+        "passes pass_template",
         "budget recipe provenance report verify pipeline benchmark export inspection comparison "
-        "divergence judges command_judge stages shares bisection",
+        "divergence judges command_judge stages shares bisection "
+        "conformance",
         "progress job bisect_job api cli __main__",
     )
 ]
@@ -44,10 +47,10 @@ RUNTIMES = {
     "transformers": ("optimizer/frontends/",),
     "onnxscript": ("optimizer/frontends/",),
     "tensorrt": ("optimizer/runners/", "optimizer/export/"),
+    "onnx_graphsurgeon": ("optimizer/graphsurgeon/",),
     "click": ("optimizer/cli/",),
     "rich": ("optimizer/cli/", "optimizer/progress.py"),
 }
-HEADINGS = ("Rewrite:", "Applies when:", "Exactness:", "Cost:", "Source:")
 
 
 def relative(path: Path) -> str:
