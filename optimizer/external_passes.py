@@ -236,7 +236,7 @@ def problems(found: Any, reserved: Collection[str] = ()) -> Iterator[str]:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         yield f"{class_name}.name is {name!r}, expected lower-case words joined by '-'"
     elif name in reserved:
-        yield f"{class_name}.name is '{name}', which is a built-in pass; choose another"
+        yield f"{class_name}.name is '{name}', a name of this program's own; choose another"
     if not isinstance(getattr(found, "exactness", None), Exactness):
         yield f"{class_name} declares no exactness; expected one of optimizer.pass_base.Exactness"
     if found.call is GraphPass.call:

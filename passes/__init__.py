@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from optimizer.pass_base import GraphPass
 
 PASS_NAMES: tuple[str, ...] = ("canonicalize", "cqil", "outliertune", "fuse-concurrent")
+#: Names that passes from elsewhere cannot have: reports have a stage of the last one.
+RESERVED = (*PASS_NAMES, "legalize")
 
 
 def get_pass(name: str) -> type[GraphPass[Any]]:
@@ -38,10 +40,10 @@ def get_pass(name: str) -> type[GraphPass[Any]]:
     from optimizer import external_passes  # importing it here keeps listing names cheap
 
     if external_passes.is_file_spec(name):
-        return external_passes.load_file(name, PASS_NAMES)
+        return external_passes.load_file(name, RESERVED)
     registered = external_passes.entry_points()
     if name in registered:
-        return external_passes.load_entry_point(registered[name], PASS_NAMES)
+        return external_passes.load_entry_point(registered[name], RESERVED)
     known = (*PASS_NAMES, *sorted(registered))
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean '{close[0]}'?" if close else f"known passes: {', '.join(known)}"

@@ -156,7 +156,7 @@ def test_refusals_and_vain_reading_are_notes() -> None:
 
 @pytest.mark.parametrize(("declared", "says"), [
     ({"name": "Not Kebab"}, "name is 'Not Kebab'"), ({"name": None}, "name is None"),
-    ({"name": "cqil"}, "which is a built-in pass"), ({"exactness": "exact"}, "no exactness"),
+    ({"name": "cqil"}, "of this program's own"), ({"exactness": "exact"}, "no exactness"),
     ({"after": "cqil"}, "expected a tuple of names"), ({"emits": ("a",)}, "expected pairs"),
     ({"breaks": {"weights"}}, "'inputs' and 'outputs'"), ({"Options": int}, "subclass of"),
 ])  # fmt: skip

@@ -125,7 +125,9 @@ CASES: list[tuple[str, Facts, list[str]]] = [
     ("onnxruntime-broken", with_ort(loaded=ImportResult(None, "was ended by SIGABRT")),
      ["was ended by SIGABRT", "pip install --force-reinstall onnxruntime-gpu"]),
     ("onnxruntime-broken", changed(onnxruntime=OnnxRuntime(("onnxruntime",))),
-     ["its files are gone", "pip install --force-reinstall onnxruntime"]),
+     ["files of it are gone", "pip install --force-reinstall onnxruntime"]),
+    ("onnxruntime-broken", with_ort(complete=False, loaded=ImportResult(None, "no attribute")),
+     ["files of it are gone", "pip install --force-reinstall onnxruntime-gpu"]),
     ("cuda-provider-cannot-load",
      with_provider(
          "cuda", missing("libcudart.so.13", "libcudart.so.12"), missing("libcublas.so.13")),
@@ -181,6 +183,10 @@ CASES: list[tuple[str, Facts, list[str]]] = [
     ("other-provider-cannot-load", with_provider("tensorrt", missing("libnvinfer.so.10")),
      ["offers the tensorrt provider, which cannot load: libnvinfer.so.10 is missing",
       'then pip install "tensorrt-cu13==10.*"']),
+    ("other-provider-cannot-load",
+     with_ort(cuda=None, providers={"tensorrt": Library(
+         SITE, (missing("libnvinfer.so.10"), *found("libcudart.so.12")))}),
+     ['then pip install "tensorrt-cu12==10.*"']),
     ("other-provider-cannot-load", with_provider("openvino", missing("liba.so")),
      ["offers the openvino provider", "nothing, unless you use that provider"]),
     ("other-provider-cannot-load", with_provider("openvino", error="it is damaged"),

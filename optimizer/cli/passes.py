@@ -35,6 +35,7 @@ from optimizer.errors import EXIT_DONE, EXIT_VERIFICATION, OptimizerError, Optio
     metavar="FILE",
     help="With --conformance: also on this model (repeatable).",
 )
+@click.option("-v", "--verbose", is_flag=True, help="Print tracebacks.")
 def passes_command(
     name: str | None,
     as_json: bool,  # noqa: FBT001
@@ -42,8 +43,10 @@ def passes_command(
     conformance: bool,  # noqa: FBT001
     values: tuple[str, ...],
     models: tuple[Path, ...],
+    verbose: bool,  # noqa: FBT001
 ) -> int:
     """List the passes in the order they belong in, or explain the pass NAME."""
+    del verbose  # whoever prints errors looks for it
     if template:
         from optimizer import pass_template
 

@@ -15,7 +15,7 @@ from optimizer.conformance.outcomes import Outcome, problems
 from optimizer.errors import OptionError
 from optimizer.pass_base import GraphPass, PassOptions
 from optimizer.recipe import Recipe, Step, make_options, to_toml
-from passes import PASS_NAMES
+from passes import RESERVED
 
 _CLASS = "the class"
 
@@ -23,7 +23,7 @@ _CLASS = "the class"
 def check_class(pass_class: Any) -> Iterator[Outcome]:
     """Name, exactness and all else that a class must declare to be used as a pass."""
     built_in = str(getattr(pass_class, "__module__", "")).startswith("passes.")
-    found = external_passes.problems(pass_class, () if built_in else PASS_NAMES)
+    found = external_passes.problems(pass_class, () if built_in else RESERVED)
     yield from problems("class", _CLASS, ((text, "declare it as said") for text in found))
 
 

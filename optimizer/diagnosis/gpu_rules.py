@@ -28,7 +28,7 @@ def cuda_provider(facts: Facts) -> Iterator[Found]:
     library = facts.onnxruntime.providers.get("cuda")
     missing = [] if library is None else [n for n in library.missing if n.name != _DRIVER]
     if missing:
-        cuda = _major(facts.onnxruntime.cuda)
+        cuda = _cuda(facts)
         wanted = f"onnxruntime-gpu[cuda,cudnn]=={facts.onnxruntime.version}"
         yield Found(
             f"the CUDA provider of {facts.onnxruntime.wheel} {facts.onnxruntime.version} cannot "
@@ -58,7 +58,7 @@ def tensorrt_provider(facts: Facts) -> Iterator[Found]:
 
 def _install_tensorrt(facts: Facts, library: str) -> str:
     """What installs the major version that a library's name ends in."""
-    cuda = _major(facts.onnxruntime.cuda)
+    cuda = _cuda(facts)
     suffix = "" if cuda is None else f"-cu{cuda}"
     return f'pip install "tensorrt{suffix}=={library.rpartition(".so.")[2]}.*"'
 
@@ -242,6 +242,14 @@ def _described(missing: list[Needed]) -> str:
         names.append(need.name + other)
     more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
     return f"{', '.join(names)}{more} {'is' if len(missing) == 1 else 'are'} missing"
+
+
+def _cuda(facts: Facts) -> int | None:
+    """Major version of CUDA that ONNX Runtime wants: as it says, or as its libraries ask for."""
+    said = _major(facts.onnxruntime.cuda)
+    needs = (need for item in facts.onnxruntime.providers.values() for need in item.needs)
+    names = (need.name for need in needs if need.name.startswith("libcudart.so."))
+    return said or _major(next(names, "").rpartition(".so.")[2])
 
 
 def _and_more(needs: list[Needed]) -> str:

@@ -91,10 +91,10 @@ def onnxruntime_twice(facts: Facts) -> Iterator[Found]:
 def onnxruntime_broken(facts: Facts) -> Iterator[Found]:
     """ONNX Runtime is there and cannot be imported."""
     ort = facts.onnxruntime
-    if ort.folder is None and ort.distributions:
+    if ort.distributions and (ort.folder is None or not ort.complete):
         yield Found(
-            f"{ort.distributions[0]} is installed by name, but its files are gone: another wheel "
-            "of ONNX Runtime was uninstalled after it",
+            f"{ort.distributions[0]} is installed by name, but files of it are gone: another wheel "
+            "of ONNX Runtime, which had the same ones, was uninstalled after it",
             f"pip install --force-reinstall {ort.distributions[0]}",
         )
     elif ort.loaded is not None and ort.loaded.facts is None:

@@ -95,6 +95,7 @@ class OnnxRuntime:
         cuda: Version of CUDA that the files were built for; None for a CPU wheel.
         loaded: What came of importing it.
         providers: The libraries of its execution providers, by name: "cuda", "tensorrt", ...
+        complete: Whether the folder has the file that makes it a package.
     """
 
     distributions: tuple[str, ...] = ()
@@ -104,6 +105,7 @@ class OnnxRuntime:
     cuda: str | None = None
     loaded: ImportResult | None = None
     providers: dict[str, Library] = dataclasses.field(default_factory=dict)
+    complete: bool = True
 
     @property
     def offers(self) -> tuple[str, ...]:

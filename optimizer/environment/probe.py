@@ -41,8 +41,15 @@ class Outcome:
     problem: str = ""
 
 
+def _working() -> Path:
+    try:
+        return Path.cwd()
+    except OSError:  # it has been removed
+        return Path("/")
+
+
 def _search_path() -> tuple[Path, ...]:
-    return tuple(Path(item or Path.cwd()) for item in sys.path)
+    return tuple(Path(item) if item else _working() for item in sys.path)
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class Probe:
     root: Path = Path("/")
     search_path: tuple[Path, ...] = field(default_factory=_search_path)
     own: Path = Path(__file__).resolve().parents[2]
-    working: Path = field(default_factory=Path.cwd)
+    working: Path = field(default_factory=_working)
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     python: str = sys.executable
     system: str = sys.platform

@@ -47,6 +47,7 @@ def find_onnxruntime(
     return OnnxRuntime(
         distributions=tuple(item.name for item in owners),
         folder=folder,
+        complete=(folder / "__init__.py").is_file(),
         wheel=wheel,
         version=version,
         cuda=says.get("cuda_version"),

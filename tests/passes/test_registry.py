@@ -110,7 +110,7 @@ BROKEN_FILES = {
     "name": ("\nclass Broken(Mine):\n    name = 'Not Kebab'\n", "'Not Kebab', expected lower-case"),
     "no name": ("\nclass Broken(GraphPass):\n    exactness = Exactness.BITWISE\n"
                 "    call = Mine.call\n", "Broken.name is None"),
-    "clash": ("\nclass Broken(Mine):\n    name = 'cqil'\n", "which is a built-in pass; choose"),
+    "clash": ("\nclass Broken(Mine):\n    name = 'cqil'\n", "a name of this program's own; choose"),
     "exactness": ("\nclass Broken(Mine):\n    exactness = 'bitwise'\n", "declares no exactness"),
     "call": ("\nclass Broken(GraphPass):\n    name = 'b'\n    exactness = Exactness.BITWISE\n",
              "Broken does not define call"),
