@@ -96,11 +96,7 @@ class Run:
         self._original = self.model.clone() if self._verifies("final") else None
         self._exact = True
         self._measured = False
-        steps = self.recipe.steps
-        # Named by the user only where something comes before it.
-        if all(step.name != FIRST_PASS for step in steps):
-            steps = (first_step(), *steps)
-        for step in steps:
+        for step in all_steps(self.recipe):
             self._run_pass(step)
         if self.fail_on_noop and not self.report.matched():
             raise NoopError(noop_message(self.report))
@@ -297,10 +293,12 @@ def blame(name: str) -> Iterator[None]:
         raise PassContractError(msg) from error
 
 
-def first_step() -> Step:
-    """``canonicalize`` with its default options."""
+def all_steps(recipe: Recipe) -> tuple[Step, ...]:
+    """The steps of a recipe and ``canonicalize``, which is named only where others come before."""
+    if any(step.name == FIRST_PASS for step in recipe.steps):
+        return recipe.steps
     pass_class = get_pass(FIRST_PASS)
-    return Step(pass_class, pass_class.Options(), FIRST_PASS)
+    return (Step(pass_class, pass_class.Options(), FIRST_PASS), *recipe.steps)
 
 
 def size_of(model: ir.Model) -> Size:

@@ -14,9 +14,9 @@ from optimizer.fingerprint import fingerprint
 from optimizer.gate import Choice, Gate, Recorder, Rewrite
 from optimizer.legalize import legalize
 from optimizer.listener import Listener
-from optimizer.pass_base import Context, Exactness, Report
-from optimizer.pipeline import Data, blame, first_step
-from optimizer.recipe import Recipe, Settings, Step
+from optimizer.pass_base import Context, Exactness, GraphPass, Report
+from optimizer.pipeline import Data, all_steps, blame
+from optimizer.recipe import Recipe, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +37,14 @@ class _Rewriter(Protocol):
 class _Pass:
     """A step of a recipe."""
 
-    step: Step
+    graph_pass: GraphPass[Any]
     context: Context
 
     def __call__(self, model: ir.Model, gate: Gate) -> Report:
-        return self.step.create().call(model, replace(self.context, gate=gate))
+        return self.graph_pass.call(model, replace(self.context, gate=gate))
 
     def check(self, before: ir.Model, after: ir.Model, report: Report) -> None:
-        checks.check_pass(before, after, self.step.create(), report)
+        checks.check_pass(before, after, self.graph_pass, report)
 
 
 @dataclass(frozen=True)
@@ -153,11 +153,12 @@ def run_stages(
     )
     stages: list[Stage] = []
     exact = True
-    for step in (first_step(), *recipe.steps):
-        exactness = step.pass_class.exactness
+    for step in all_steps(recipe):
+        graph_pass = step.create()
+        exactness = graph_pass.exactness
         proven = exactness is not Exactness.APPROXIMATE
         exact = exact and proven
-        stage = Stage(step.name, exactness, proven, model, _Pass(step, context))
+        stage = Stage(step.name, exactness, proven, model, _Pass(graph_pass, context))
         _add(stages, stage, listener)
         if stage.after is None:
             return stages

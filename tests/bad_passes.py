@@ -223,6 +223,14 @@ class Reading(Good):
         return Report(modified=False)
 
 
+class Defiant(Good):
+    """Asks, and does not listen."""
+
+    def call(self, model: ir.Model, context: Context) -> Report:
+        context.gate.allow("the first node")
+        return rename_first(model, "x") if "first_" not in str(model.graph) else Report(False)
+
+
 class Growing(Good):
     """Never has enough."""
 

@@ -440,6 +440,15 @@ def test_a_function_may_see_the_graph_as_exported(
     assert "changed nothing" in after[1]["skipped"][0]["reason"]
 
 
+def test_bisect_names_the_function_that_breaks_a_model(
+    command: Callable[..., Outcome], small: Path, script: Path
+) -> None:
+    passes = f"{script}:idle,{script}:fix:factor=1.5,{script}:swap"
+    found = command("bisect", small, "--passes", passes, "--budget", "relative_l2<=0.1", "--json")
+    content = json.loads(found.out)
+    assert (found.code, content["status"], content["pass"]) == (0, "rewrite", "fix")
+
+
 def test_a_failure_names_the_line_of_the_script_and_ends_with_2(
     command: Callable[..., Outcome], small: Path, script: Path
 ) -> None:

@@ -41,7 +41,6 @@ _COMMANDS = {
 _MODULES = {"bisect": "bisect", "doctor": "doctor", "passes": "passes"}
 
 
-
 class ModelOrCommand(click.Group):
     """A group whose first word is the argument of the default command unless it names another."""
 

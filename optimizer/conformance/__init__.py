@@ -41,6 +41,7 @@ CHECKS: dict[str, str] = {
     "exactness": "the outputs move no further than declared",
     "deterministic": "same bytes on a copy, and by an object that was used before",
     "weights": "weights are not read in vain (a note)",
+    "gate": "no site is rewritten that context.gate refuses",
     "second-run": "a second run changes nothing",
     "sites": "some model is rewritten (a note)",
     "import": "importing it loads no runtime",
@@ -154,6 +155,6 @@ class _Suite:
                     "sites",
                     where,
                     Status.NOTE,
-                    "no model of the suite has a site for it, so little was tried",
-                    "give models that have: models={name: function}, or --model FILE",
+                    "it rewrites no model of the suite, so little was tried",
+                    "give models that it does: models={name: function}, or --model FILE",
                 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from optimizer.errors import (
     place_of,
 )
 from optimizer.fingerprint import fingerprint
+from optimizer.gate import Gate
 from optimizer.graph import lazy
 from optimizer.pass_base import Context, Exactness, GraphPass, PassOptions, Report, Skip
 from optimizer.probes import make_probes
@@ -77,6 +78,7 @@ class Subject:
             ("exactness", trial.check_exactness),
             ("deterministic", trial.check_deterministic),
             ("weights", trial.check_reading),
+            ("gate", trial.check_gate),
             ("second-run", trial.check_second_run),
         ):
             yield run(check, where, action)
@@ -84,6 +86,22 @@ class Subject:
     def share(self, model: ir.Model, context: Context) -> Report:
         """Rewrite with the object that has seen the other models."""
         return self._shared.call(model, context)
+
+
+class _Closed(Gate):
+    """Refuses everything.
+
+    Attributes:
+        asked: What the pass wanted to rewrite.
+    """
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def allow(self, site: str, rule: str = "") -> bool:
+        """See ``Gate``."""
+        self.asked.append(f"{site} ({rule})" if rule else site)
+        return False
 
 
 class _Trial:
@@ -188,6 +206,23 @@ class _Trial:
             raise Failure(
                 f"reads {len(read)} of {weights} weights and changes nothing",
                 "decide by shapes first: reading takes the time of a large model",
+                Status.NOTE,
+            )
+
+    def check_gate(self) -> None:
+        """Where the pass asks before it rewrites, no means no."""
+        gate, model = _Closed(), self.sample.build()
+        report = self.subject.create().call(model, replace(self.context, gate=gate))
+        change = fingerprint(self.original).difference(fingerprint(model))
+        if gate.asked and change is not None:
+            raise Failure(
+                f"it asked whether to rewrite {gate.asked[0]}, was told no, and still: {change}",
+                "make the site a Skip(site, optimizer.gate.LEFT_OUT)",
+            )
+        if report.modified and not gate.asked:
+            raise Failure(
+                "it rewrites without asking context.gate.allow(site)",
+                "ask before each: optimize bisect can then name the site that breaks a model",
                 Status.NOTE,
             )
 

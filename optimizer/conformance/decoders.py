@@ -315,17 +315,17 @@ class _Layer:
         scores = w.op("Softmax", [self.linear("router", x, c.hidden, c.experts)], axis=-1)
         two = w.const("two", np.array([2], np.int64))
         number = w.count
-        best, chosen = w.op("TopK", [scores, two], [f"best{number}", f"chosen{number}"])
+        best, chosen = w.node("TopK", [scores, two], [f"best{number}", f"chosen{number}"])
         nothing = w.op("Sub", [scores, scores])
         weights = w.op("ScatterElements", [nothing, chosen, best], axis=-1)
-        total = None
+        parts = []
         for index in range(c.experts):
             which = w.const(f"expert{index}", np.array([index], np.int64))
-            part = w.op(
-                "Mul", [self.dense(f"{index}.", x), w.op("Gather", [weights, which], axis=2)]
-            )
-            total = part if total is None else w.op("Add", [total, part])
-        assert total is not None
+            share = w.op("Gather", [weights, which], axis=2)
+            parts.append(w.op("Mul", [self.dense(f"{index}.", x), share]))
+        total = parts[0]
+        for part in parts[1:]:
+            total = w.op("Add", [total, part])
         return total
 
     def activation(self, x: ir.Value) -> ir.Value:
@@ -375,18 +375,3 @@ def feed(
             shape = (batch, config.kv_heads, past, config.head_dim)
             result[f"past_key_values.{i}.{t}"] = rng.normal(0, 1, shape).astype(np.float32)
     return result
-
-
-def chain(count: int) -> ir.Model:
-    """One product after the other: y = x * c0 * c1 * ..., nodes p0, p1, ..."""
-    random = np.random.default_rng(0)
-    x = _input("x", ir.DataType.FLOAT, ["n", 4])
-    w, y = _Writer(), x
-    for number in range(count):
-        factors = random.uniform(0.9, 1.1, 4).astype(np.float32)
-        y = w.op("Mul", [y, w.const(f"c{number}", factors)], f"y{number}")
-        w.nodes[-1].name = f"p{number}"
-    y.type, y.shape = x.type, x.shape
-    held = list(w.initializers.values())
-    graph = ir.Graph([x], [y], nodes=w.nodes, initializers=held, opset_imports={"": 23})
-    return ir.Model(graph, ir_version=10)

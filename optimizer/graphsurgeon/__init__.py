@@ -28,6 +28,7 @@ from optimizer.errors import (
     place_of,
 )
 from optimizer.fingerprint import fingerprint
+from optimizer.gate import LEFT_OUT
 from optimizer.graphsurgeon.exchange import Exchange
 from optimizer.graphsurgeon.restore import put_back
 from optimizer.pass_base import Context, Exactness, GraphPass, PassOptions, Report, Skip
@@ -85,7 +86,6 @@ class Script(GraphPass[ScriptOptions]):
             ScriptError: It fails, or leaves a graph that is not legal.
             UnsupportedError: The model holds what onnx-graphsurgeon would drop.
         """
-        del context
         _refuse_what_is_dropped(model)
         exchange = Exchange(model)
         result = self._run(exchange.graph)
@@ -102,6 +102,8 @@ class Script(GraphPass[ScriptOptions]):
         if change is None:
             reason = "the function changed nothing in the graph that the steps before it left"
             return Report(modified=False, skipped=(Skip(self.name, reason),))
+        if not context.gate.allow(self.name):
+            return Report(modified=False, skipped=(Skip(self.name, LEFT_OUT),))
         # A script may add any operator that has a domain: its author knows who runs it.
         nodes = rewritten.graph.all_nodes()
         self.emits = tuple(dict.fromkeys((node.domain, node.op_type) for node in nodes))
