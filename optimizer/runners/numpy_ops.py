@@ -20,7 +20,8 @@ Attributes: TypeAlias = Mapping[str, Any]
 Operator: TypeAlias = Callable[[Arrays, Attributes], tuple[Array, ...]]
 
 
-def _input(inputs: Arrays, index: int) -> Array | None:
+def optional_input(inputs: Arrays, index: int) -> Array | None:
+    """An input that may be left out."""
     return inputs[index] if index < len(inputs) else None
 
 
@@ -57,7 +58,7 @@ def _normalized_axes(x: Array, attributes: Attributes) -> tuple[int, ...]:
 
 def layer_normalization(inputs: Arrays, attributes: Attributes) -> tuple[Array, ...]:
     """(x - mean) / sqrt(var + eps) * scale + bias; also the mean and 1/sqrt(var + eps)."""
-    x, scale, bias = inputs[0], inputs[1], _input(inputs, 2)
+    x, scale, bias = inputs[0], inputs[1], optional_input(inputs, 2)
     axes = _normalized_axes(x, attributes)
     mean = x.mean(axis=axes, keepdims=True)
     centred = x - mean
@@ -82,7 +83,7 @@ def rotary_embedding(inputs: Arrays, attributes: Attributes) -> tuple[Array, ...
     x: [B, H, S, c] or [B, S, H*c]; cos, sin: [B, S, r/2], or tables indexed by position_ids.
     """
     x, cos, sin = inputs[:3]
-    positions = _input(inputs, 3)
+    positions = optional_input(inputs, 3)
     if positions is not None:
         cos, sin = cos[positions], sin[positions]
     flat = x.ndim == 3
@@ -107,7 +108,7 @@ def attention(inputs: Arrays, attributes: Attributes) -> tuple[Array, ...]:
     Query head h reads key/value head h // (H / Hkv). Rows in which everything is masked give 0.
     """
     q, k, v = inputs[:3]
-    mask, past_key, past_value = (_input(inputs, i) for i in (3, 4, 5))
+    mask, past_key, past_value = (optional_input(inputs, i) for i in (3, 4, 5))
     flat = q.ndim == 3
     if flat:
         heads, kv_heads = int(attributes["q_num_heads"]), int(attributes["kv_num_heads"])
@@ -180,7 +181,7 @@ def _along(parameter: Array, x: Array, axis: int) -> Array:
 
 def quantize_linear(inputs: Arrays, attributes: Attributes) -> tuple[Array, ...]:
     """saturate(round-half-to-even(x / scale) + zero point), for 8- and 16-bit integers."""
-    x, zero = inputs[0], _input(inputs, 2)
+    x, zero = inputs[0], optional_input(inputs, 2)
     axis = int(attributes.get("axis", 1))
     dtype = zero.dtype if zero is not None else np.dtype(np.uint8)
     limits = np.iinfo(dtype)
@@ -192,7 +193,7 @@ def quantize_linear(inputs: Arrays, attributes: Attributes) -> tuple[Array, ...]
 
 def dequantize_linear(inputs: Arrays, attributes: Attributes) -> tuple[Array, ...]:
     """(x - zero point) * scale, in the precision of the scale."""
-    x, scale, zero = inputs[0], inputs[1], _input(inputs, 2)
+    x, scale, zero = inputs[0], inputs[1], optional_input(inputs, 2)
     axis = int(attributes.get("axis", 1))
     y = x.astype(scale.dtype)
     if zero is not None:
@@ -203,7 +204,7 @@ def dequantize_linear(inputs: Arrays, attributes: Attributes) -> tuple[Array, ..
 def matmul_integer_to_float(inputs: Arrays, _: Attributes) -> tuple[Array, ...]:
     """(A - a_zero) a_scale @ (B - b_zero) b_scale + bias, scales per tensor or column of B."""
     a, b, a_scale, b_scale = inputs[:4]
-    a_zero, b_zero, bias = (_input(inputs, i) for i in (4, 5, 6))
+    a_zero, b_zero, bias = (optional_input(inputs, i) for i in (4, 5, 6))
     # Exact in float64: integers of 8 bits, up to 2^37 products of them.
     left, right = a.astype(np.float64), b.astype(np.float64)
     left = left if a_zero is None else left - a_zero
@@ -214,7 +215,7 @@ def matmul_integer_to_float(inputs: Arrays, _: Attributes) -> tuple[Array, ...]:
 
 def conv(inputs: Arrays, attributes: Attributes) -> tuple[Array, ...]:
     """Convolution over any number of axes, as a tensor contraction over sliding windows."""
-    x, w, b = inputs[0], inputs[1], _input(inputs, 2)
+    x, w, b = inputs[0], inputs[1], optional_input(inputs, 2)
     axes = w.ndim - 2
     windows = _windows(x, w.shape[2:], attributes, 0)
     groups = int(attributes.get("group", 1))
@@ -302,30 +303,3 @@ OPERATORS: dict[str, Operator] = {
     "RMSNormalization": rms_normalization,
     "RotaryEmbedding": rotary_embedding,
 }
-
-#: Operators of ``com.microsoft`` that models lowered for ONNX Runtime are made of.
-CONTRIB_OPERATORS: dict[str, Operator] = {"MatMulIntegerToFloat": matmul_integer_to_float}
-
-
-def find_operator(
-    domain: str, op_type: str, attributes: Attributes, inputs: int, outputs: int
-) -> Operator | None:
-    """The operator, or None where it (or an option of it) is left to ``onnx.reference``."""
-    if domain == "com.microsoft":
-        return CONTRIB_OPERATORS.get(op_type)
-    if domain not in {"", "ai.onnx"}:
-        return None
-    special = {
-        # Scores as an output, lengths of an external cache, sliding windows.
-        "Attention": outputs > 3
-        or inputs > 6
-        or attributes.get("left_window_size", -1) >= 0
-        or attributes.get("right_window_size", -1) >= 0,
-        # Where the last window may be cut off; indices as a second output.
-        "AveragePool": bool(attributes.get("ceil_mode")),
-        "MaxPool": bool(attributes.get("ceil_mode")) or outputs > 1,
-        # 4-bit and 8-bit float targets.
-        "QuantizeLinear": bool(attributes.get("output_dtype"))
-        or bool(attributes.get("block_size")),
-    }
-    return None if special.get(op_type) else OPERATORS.get(op_type)

@@ -20,7 +20,8 @@ from optimizer.errors import ModelError, UnsupportedError
 from optimizer.graph import release
 from optimizer.proto import names_read
 from optimizer.runners.base import Feed
-from optimizer.runners.numpy_ops import Array, find_operator
+from optimizer.runners.numpy_ops import Array
+from optimizer.runners.operators import find_operator
 
 #: Converted initializers up to this many bytes are kept between runs.
 _CACHE_BYTES = 1 << 20
@@ -101,6 +102,9 @@ class ReferenceRunner:
                 # -inf masks and the logarithm of 0 are ordinary in attention.
                 with np.errstate(all="ignore"):
                     results = step.run(values, arguments)
+            except NotImplementedError as error:
+                msg = f"node '{step.name}': the reference has no {error} ({step.op_type})"
+                raise UnsupportedError(msg) from error
             except (ValueError, TypeError, IndexError, RuntimeError, AttributeError) as error:
                 raise ModelError(f"node '{step.name}' ({step.op_type}) failed: {error}") from error
             for name, result in zip(step.outputs, results, strict=False):
