@@ -265,6 +265,11 @@ def _run_onnx_checker(model: ir.Model, where: str) -> None:
             info = proto.graph.input.add(name=name)
             info.type.tensor_type.elem_type = tensor.dtype.value
             info.type.tensor_type.shape.SetInParent()
+    for node in proto.graph.node:  # what ONNX Runtime adds to the standard is not in the standard
+        if node.op_type == "SimplifiedLayerNormalization" and not node.domain:
+            node.domain = _CONTRIB
+            if all(item.domain != _CONTRIB for item in proto.opset_import):
+                proto.opset_import.add(domain=_CONTRIB, version=1)
     for output in proto.graph.output:
         if not output.HasField("type"):
             output.type.tensor_type.elem_type = onnx.TensorProto.FLOAT

@@ -18,7 +18,9 @@ from optimizer.errors import MissingDependencyError, ModelError, UnsupportedErro
 #: The newest opset the canonical dialect and the targets' forms are written for.
 MAX_OPSET = 24
 #: Domains whose operators ONNX Runtime brings along.
-RUNTIME_DOMAINS = ("com.microsoft",)
+RUNTIME_DOMAINS = ("com.microsoft", "com.microsoft.nchwc")
+#: Operators that ONNX Runtime adds to the standard domain, at any opset.
+RUNTIME_OPERATORS = ("LayerNormalization", "SimplifiedLayerNormalization")
 STANDARD_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "ai.onnx.preview.training", "ai.onnx.training")
 
 # Operators whose constant operands are weights: an infinite number there makes every output NaN or
@@ -84,6 +86,8 @@ def check_operators(model: ir.Model, custom_ops: Sequence[Path]) -> None:
             )
             raise MissingDependencyError(msg)
         opset = model.graph.opset_imports.get(domain) or 1
+        if domain == "" and node.op_type in RUNTIME_OPERATORS:
+            continue
         if not onnx.defs.has(node.op_type, opset, domain):
             msg = (
                 f"node '{node.name}' is operator {node.op_type}, which opset {opset} of domain "

@@ -24,6 +24,8 @@ from optimizer.raising import (
     batches,
     broadcasts,
     constants,
+    contrib,
+    contrib_attention,
     cse,
     dynamic_tanh,
     grouped,
@@ -85,6 +87,12 @@ def clean(model: ir.Model) -> RuleReport:
     return RuleReport.total(reports)
 
 
+def fused(model: ir.Model) -> RuleReport:
+    """Raise what ONNX Runtime's tools, and ``legalize``, fuse."""
+    rules = (contrib.run, contrib_attention.run, ort_cpu.run)
+    return RuleReport.total([_part(rule, model) for rule in rules])
+
+
 def heads(model: ir.Model) -> RuleReport:
     """Raise attention and split packed projections until nothing changes.
 
@@ -114,7 +122,8 @@ STEPS: tuple[Step, ...] = (
     Step("opset", opset.run),
     Step("clean", clean),
     Step("sequences", sequences.run),
-    Step("runtime forms", ort_cpu.run),
+    Step("runtime forms", fused, opset=23),
+    Step("types", value_info.fill),
     Step("linears", linears.run),
     Step("rows", rows.run),
     Step("clean", clean),

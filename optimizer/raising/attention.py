@@ -132,6 +132,8 @@ def _to_canonical(state: _State, node: ir.Node) -> int | str:
     shape = state.shapes.of(operand(node))
     if shape is None:
         return "the rank of the queries is not known"
+    if len(shape) == 3:
+        return _unscale_flat(node)
     if len(shape) != 4:
         return 0
     if all(is_complete_cache(value) for value in node.inputs[1:3]):
@@ -140,6 +142,22 @@ def _to_canonical(state: _State, node: ir.Node) -> int | str:
     if isinstance(found, str):
         return found
     _rewrite(state, found)
+    return 1
+
+
+def _unscale_flat(node: ir.Node) -> int:
+    """Move factors of queries and keys into an Attention in 3-D form that says its scale."""
+    scale = node.attributes.get_float("scale", 0.0)
+    query, factor = spelled.unscaled(operand(node))
+    keys = operand(node, 1)
+    if optional(node, 4) is None:  # the cache holds scaled keys
+        keys, key_factor = spelled.unscaled(keys)
+        factor *= key_factor
+    if not scale or (query is node.inputs[0] and keys is node.inputs[1]):
+        return 0
+    node.replace_input_with(0, query)
+    node.replace_input_with(1, keys)
+    node.attributes["scale"] = ir.AttrFloat32("scale", scale * factor)
     return 1
 
 

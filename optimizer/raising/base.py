@@ -77,14 +77,14 @@ def attempt(
 LocalRule = Callable[[ir.Node], bool | Miss]
 
 
-def sweep(model: ir.Model, rules: Mapping[str, LocalRule]) -> RuleReport:
-    """Offer every node of the main graph, in order, to the rule for its operator.
+def sweep(model: ir.Model, rules: Mapping[str, LocalRule], domain: str = "") -> RuleReport:
+    """Offer every node of a domain in the main graph, in order, to the rule for its operator.
 
     A rule leaves nodes without users behind; they are removed at the end.
     """
     applied, skipped = 0, []
     for node in model.graph:
-        rule = rules.get(node.op_type) if node.domain == "" else None
+        rule = rules.get(node.op_type) if node.domain == domain else None
         outcome = attempt(node, rule, node) if rule is not None else False
         if isinstance(outcome, Miss):
             skipped.append(outcome)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
-from optimizer.nodes import node_of, operand, optional
+from optimizer import graph as graphs
+from optimizer.nodes import node_of, operand, optional, users
 from optimizer.raising import dims
 from optimizer.raising.shapes import Shapes
 
@@ -89,6 +91,9 @@ def find_cache(
     producers = {value.producer() for value in (keys, values)}
     sources = [operand(node), new_key, new_value, past_key, past_value, optional(node, 3)]
     if _reach(sources, producers):
+        for value in (keys, values):
+            _detach_sizes(value)
+    if _reach(sources, producers):
         return "the mask or the queries depend on the concatenated cache"
     return Cache(past_key, past_value, new_key, new_value, keys, values)
 
@@ -101,6 +106,41 @@ def _concatenated(shapes: Shapes, value: ir.Value) -> tuple[ir.Value, ir.Value] 
     if concat.attributes["axis"].as_int() not in (2, -2):
         return None
     return operand(concat, 0), operand(concat, 1)
+
+
+def _detach_sizes(value: ir.Value) -> None:
+    """Compute the shape of ``Concat(past, new)`` along axis 2 from the shapes of its two parts."""
+    concat = node_of(value, "Concat")
+    graph = None if concat is None else concat.graph
+    readers = list(users(value, "Shape"))
+    if concat is None or not isinstance(graph, ir.Graph) or not readers:
+        return
+    integers = ir.DataType.INT64
+
+    def sizes(source: ir.Value, start: int, end: int) -> ir.Value:
+        attributes = {"start": start, "end": end}
+        return graphs.insert(graph, concat, "Shape", [source], attributes, dtype=integers)
+
+    past, new = operand(concat, 0), operand(concat, 1)
+    parts = [sizes(past, 2, 3), sizes(new, 2, 3)]
+    total = graphs.insert(graph, concat, "Add", parts, dtype=integers)
+    whole = graphs.insert(
+        graph, concat, "Concat", [sizes(past, 0, 2), total, sizes(past, 3, 4)], {"axis": 0},
+        name=f"{value.name}_sizes", dtype=integers,
+    )  # fmt: skip
+    for reader in readers:
+        start, end, _ = slice(
+            reader.attributes.get_int("start", 0), reader.attributes.get_int("end", None)
+        ).indices(4)
+        if (start, end) == (0, 4):
+            graphs.replace_value(reader.outputs[0], whole)
+            continue
+        bounds = [
+            graphs.add_initializer(graph, "bound", np.array([number], np.int64))
+            for number in (start, end)
+        ]
+        part = graphs.insert(graph, concat, "Slice", [whole, *bounds], dtype=integers)
+        graphs.replace_value(reader.outputs[0], part)
 
 
 def _reach(sources: list[ir.Value | None], targets: set[ir.Node | None]) -> bool:

@@ -2,7 +2,9 @@
 
 Rewrite:      Attention(q, rotary(repeat(k)), repeat(v)) -> Attention(q, rotary(k), v) with the
               number of key heads before the repetition; repeat(x) is
-              Reshape(Expand(Reshape(x, [.., Hkv, 1, c]), [.., Hkv, n, c]), [.., Hkv*n*c])
+              Reshape(Expand(Reshape(x, [.., Hkv, 1, c]), [.., Hkv, n, c]), [.., Hkv*n*c]);
+              where keys and values were joined from [B, H, T, c] that is repeated or concatenated
+              with a cache, the Attention gets its 4-D form back, which ``attention`` then raises
 Applies when: keys and values are repeated alike, and there is no cache: a cache holds them repeated
 Exactness:    bitwise: the rotary embedding turns every head alike
 Source:       Ainslie et al., GQA (2023), figure 2
@@ -12,12 +14,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from optimizer import graph as graphs
 from optimizer.nodes import node_of, operand, optional
+from optimizer.raising import heads as layout
 from optimizer.raising.base import Miss, RuleReport, site, sweep
 from optimizer.raising.shapes import Shapes
+from optimizer.special_parts import is_complete_cache
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,9 @@ class Repeated:
 def run(model: ir.Model) -> RuleReport:
     """Apply the rule to every Attention in 3-D form."""
     shapes = Shapes()
-    return sweep(model, {"Attention": lambda node: _narrow(shapes, node)})
+    narrowed = sweep(model, {"Attention": lambda node: _narrow(shapes, node)})
+    opened = sweep(model, {"Attention": lambda node: _open(shapes, node)})
+    return RuleReport.total([narrowed, opened])
 
 
 def repeated(shapes: Shapes, value: ir.Value) -> Repeated | None:
@@ -89,3 +96,39 @@ def _narrow(shapes: Shapes, node: ir.Node) -> bool | Miss:
     node.replace_input_with(2, values.value)
     node.attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", keys.heads)
     return True
+
+
+def _open(shapes: Shapes, node: ir.Node) -> bool:
+    """Keys and values by heads, as they were before they were joined."""
+    heads = node.attributes.get_int("q_num_heads", 0)
+    query, graph = operand(node), node.graph
+    width = (shapes.of(query) or (None,))[-1]
+    if not heads or optional(node, 4) is not None or not isinstance(graph, ir.Graph):
+        return False
+    sides = [_by_heads(value) for value in node.inputs[1:3]]
+    if None in sides or not isinstance(width, int) or width % heads or len(node.outputs) > 1:
+        return False
+    attributes = dict(node.attributes)
+    for name in ("q_num_heads", "kv_num_heads"):
+        attributes.pop(name)
+    by_heads = layout.split(graph, node, query, heads, width // heads)
+    inputs = [by_heads, *sides, *node.inputs[3:4]]
+    y = graphs.insert(graph, node, "Attention", inputs, attributes, dtype=query.dtype)
+    graphs.carry_notes(node, y)
+    rows = layout.swap(graph, node, y)
+    target = graphs.add_initializer(graph, "joined_heads", np.array([0, 0, width], np.int64))
+    joined = graphs.insert(graph, node, "Reshape", [rows, target], dtype=query.dtype)
+    graphs.replace_value(node.outputs[0], joined, keep_name=True)
+    return True
+
+
+def _by_heads(value: ir.Value | None) -> ir.Value | None:
+    """The [B, H, T, c] of a cache, or repeated, that ``value`` [B, T, H*c] was joined from."""
+    joined = node_of(value, "Reshape")
+    source = None if joined is None else layout.swapped(joined.inputs[0])
+    if is_complete_cache(source):
+        return source
+    made = node_of(source, "Concat", "Reshape")
+    if made is None or (made.op_type == "Reshape" and node_of(made.inputs[0], "Expand") is None):
+        return None
+    return source

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from optimizer import graph as graphs
-from optimizer.nodes import node_of, operand, operands, optional
+from optimizer.nodes import node_of, operand, operands, optional, users
 from optimizer.raising import heads as layout
 from optimizer.raising.base import Miss, RuleReport, attempt, site
 from optimizer.raising.dims import Dim, Shape
@@ -244,7 +244,9 @@ def _raise_partial(state: _State, node: ir.Node) -> None:
         return
     shapes = state.shapes
     part = layout.swapped(rotary.inputs[0]) if turned else rotary.inputs[0]
-    rotated, rest = _part(shapes, part), _part(shapes, node.inputs[1])
+    rotated, rest = (
+        _part(shapes, value) or _part_turned(shapes, value) for value in (part, node.inputs[1])
+    )
     if rotated is None or rest is None or rotated[0] is not rest[0]:
         state.skip(node, "the two parts of a partial rotary embedding have different sources")
         return
@@ -262,6 +264,17 @@ def _raise_partial(state: _State, node: ir.Node) -> None:
     result = layout.swap(state.graph, node, raised) if turned else raised
     graphs.replace_value(node.outputs[0], result, keep_name=True)
     state.applied += 1
+
+
+def _part_turned(shapes: Shapes, value: ir.Value | None) -> tuple[ir.Value, tuple[int, int]] | None:
+    """The same for a part that was cut out before, and the whole after, axes 1 and 2 changed."""
+    found = _part(shapes, layout.swapped(value))
+    if found is None:
+        return None
+    for node in users(found[0], "Transpose"):
+        if layout.swapped(node.outputs[0]) is found[0]:
+            return node.outputs[0], found[1]
+    return None
 
 
 def _kept(node: ir.Node) -> dict[str, int]:

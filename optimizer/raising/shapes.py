@@ -15,7 +15,7 @@ from optimizer import graph as graphs
 from optimizer.raising import dims
 from optimizer.raising import shape_rules as rules
 from optimizer.raising.dims import Dim, Shape
-from optimizer.raising.vector_rules import VECTOR_RULES
+from optimizer.raising.vector_rules import VECTOR_RULES, vector_of_split
 
 _SAME = frozenset(
     {
@@ -112,11 +112,13 @@ class Shapes:
             numbers = rules.numbers(value) if tensor.dtype.is_integer() else None
             return None if numbers is None else tuple(numbers)
         node = value.producer()
-        if node is None or node.domain != "" or value.index() != 0:
+        if node is None or node.domain != "":
             return None
         rule = VECTOR_RULES.get(node.op_type)
         try:
-            return None if rule is None else rule(self, node)
+            if node.op_type == "Split":
+                return vector_of_split(self, node, value)
+            return None if rule is None or value.index() != 0 else rule(self, node)
         except (IndexError, TypeError, ValueError):
             return None
 

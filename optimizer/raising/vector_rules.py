@@ -94,6 +94,17 @@ def _differ(left: Dim, right: Dim) -> bool:
     return number < 0 and all(count > 0 for _, count in size)
 
 
+def vector_of_split(shapes: Shapes, node: ir.Node, value: ir.Value) -> Shape | None:
+    """The part of a vector that ``value``, one output of a Split, is."""
+    source = shapes.vector_within(node.inputs[0])
+    sizes = numbers(node.inputs[1]) if len(node.inputs) > 1 else None
+    index = value.index()
+    if source is None or sizes is None or index is None:
+        return None
+    start = sum(sizes[:index])
+    return source[start : start + sizes[index]]
+
+
 def _vector_unchanged(shapes: Shapes, node: ir.Node) -> Shape | None:
     return shapes.vector_within(node.inputs[0])
 
