@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from optimizer import graph as graphs
-from optimizer.nodes import dims, node_of, operands, other, users
+from optimizer.nodes import dims, node_of, operand, operands, other, users
 from optimizer.norm_parts import NORMS, norm
 from optimizer.quantized_parts import (
     fed_by,
@@ -31,6 +31,9 @@ _UNARY = frozenset(
     }
 )  # fmt: skip
 _BINARY = frozenset({"Add", "Div", "Mul", "Sub", "Pow"})
+_LAYOUT = frozenset(
+    {"Gather", "Reshape", "RotaryEmbedding", "Slice", "Split", "Squeeze", "Transpose"}
+)
 # Longer chains than this between a projection and its residual add, or inside an MLP, are no MLP.
 _MAX_CHAIN = 8
 _MAX_INNER = 24
@@ -45,7 +48,7 @@ def linear(output: ir.Value) -> Linear | None:
     if add is None:
         return _matmul(output, None, None)
     for value, bias in (operands(add), operands(add)[::-1]):
-        shape = dims(bias)
+        shape = dims(stored(bias))
         found = _matmul(value, add, bias) if shape is not None and len(shape) == 1 else None
         if found is not None and graphs.only_user(value) is add:
             return found
@@ -257,9 +260,9 @@ def attention(node: ir.Node) -> Attention | str:
     if not heads or not kv_heads:
         return "the Attention has 4-D inputs, not the canonical 3-D ones"
     sides = [_side(node.inputs[i]) for i in range(3)]
-    for name, side in zip(("query", "key", "value"), sides, strict=True):
+    for name, side, value in zip(("query", "key", "value"), sides, node.inputs[:3], strict=True):
         if side is None:
-            return f"the {name} is not a linear projection"
+            return f"the {name} is {_instead(value)}"
     q, k, v = (side for side in sides if side is not None)
     if v.norm is not None or v.rotary is not None:
         return "the value passes a norm or a rotary embedding"
@@ -308,6 +311,27 @@ def _side(value: ir.Value | None) -> _Side | None:
     value, repeats = _unrepeated(value)
     projection = linear(value)
     return None if projection is None else _Side(projection, found, rotary, repeats)
+
+
+def _instead(value: ir.Value | None) -> str:
+    """What queries, keys or values are that are not the result of a linear layer."""
+    for _ in range(_MAX_CHAIN):
+        node = None if value is None else value.producer()
+        if value is None or node is None or node.op_type not in _LAYOUT:
+            break
+        found = linear(operand(node))
+        if found is not None and _count(node) > 1:
+            quantized = (
+                node_of(found.weight, "DequantizeLinear") or found.matmul.op_type != "MatMul"
+            )
+            return f"a part of a packed layer{', whose weights are quantized' if quantized else ''}"
+        value = operand(node)
+    return "not a linear projection"
+
+
+def _count(node: ir.Node) -> int:
+    """How many parts the source of a layout change is cut into, at least."""
+    return max(len(node.outputs), len(operand(node).uses()))
 
 
 def _unrepeated(value: ir.Value) -> tuple[ir.Value, int]:

@@ -20,7 +20,7 @@ from optimizer import block_parts as parts
 from optimizer import special_parts as special
 from optimizer.nodes import node_of, operands, other, users
 from optimizer.norm_parts import norm, norms_reading
-from optimizer.quantized_parts import weight_of
+from optimizer.quantized_parts import rounded_forms, unrounded, weight_of
 from optimizer.structure import (
     Attention,
     Block,
@@ -77,14 +77,17 @@ def find_blocks(model: ir.Model) -> Structure:
     return Structure(tuple(blocks), tuple(misses.values()))
 
 
+_AFTER_SOFTMAX = ("Where", "Cast", "QuantizeLinear", "DequantizeLinear")
+
+
 def _weighs_values(softmax: ir.Node) -> bool:
     """Whether a Softmax looks like the one of an attention: its result is multiplied by values."""
-    pending, value = 3, softmax.outputs[0]
+    pending, value = len(_AFTER_SOFTMAX), softmax.outputs[0]
     while pending:
         for matmul in users(value, "MatMul"):
             if matmul.inputs[0] is value and weight_of(operands(matmul)[1]) is None:
                 return True
-        where = next(users(value, "Where", "Cast"), None)
+        where = next(users(value, *_AFTER_SOFTMAX), None)
         if where is None:
             return False
         value, pending = where.outputs[0], pending - 1
@@ -130,7 +133,7 @@ def _assemble(index: int, attention: Attention, branch: parts.Branch, tail: _Tai
     if attention.repeats > 1:
         extras.append("keys and values are repeated before the cache")
     linears = (attention.q, attention.k, attention.v, attention.o, *_linears(tail.mlp))
-    if any(node_of(layer.weight, "DequantizeLinear") for layer in linears):
+    if any(_is_quantized(layer) for layer in linears):
         extras.append("quantized weights")
     if len(attention.node.outputs) > 3 and attention.node.outputs[3].uses():
         extras.append("attention scores are read")
@@ -151,6 +154,11 @@ def _assemble(index: int, attention: Attention, branch: parts.Branch, tail: _Tai
     )
 
 
+def _is_quantized(layer: Linear) -> bool:
+    integers = layer.weight.dtype is not None and not layer.weight.dtype.is_floating_point()
+    return integers or node_of(layer.weight, "DequantizeLinear") is not None
+
+
 def _without_casts(extras: list[str]) -> list[str]:
     """Without the casts around a norm in a wider type, which belong to it."""
     normed = [extra.removeprefix("norm ") for extra in extras if extra.startswith("norm after")]
@@ -169,6 +177,9 @@ def _tail(attention: Attention, branch: parts.Branch, add: ir.Node) -> _Tail | s
     rest = other(add, branch.end)
     if rest is source:
         return _post_norm(add, source)
+    if unrounded(rest) is source:
+        found = _post_norm(add, source)
+        return found if isinstance(found, str) else replace(found, extras=(*found.extras, _ROUNDED))
     before = norm(source)
     if before is None:
         return "no norm before the attention, and its input is not the residual stream"
@@ -209,6 +220,16 @@ def _sequential_mlp(before: Norm, add: ir.Node, hidden: ir.Value, stream: ir.Val
     return reason
 
 
+_ROUNDED = "the residual stream is rounded"
+
+
+def _added_to(stream: ir.Value) -> Iterator[tuple[ir.Node, ir.Value]]:
+    """The adds to a stream, or to its rounded form, and what each adds."""
+    for value in (stream, *rounded_forms(stream)):
+        for add in users(value, "Add"):
+            yield add, other(add, value)
+
+
 def _crossed(hidden: ir.Value) -> CrossAttention | None:
     """``h + cross(n(h))``: the attention of a pre-norm layer to an encoder's output."""
     for add in users(hidden, "Add"):
@@ -221,8 +242,8 @@ def _crossed(hidden: ir.Value) -> CrossAttention | None:
 
 def _crossed_after(hidden: ir.Value) -> CrossAttention | None:
     """``n(h + cross(h))``: the same of a post-norm layer."""
-    for add in users(hidden, "Add"):
-        found = special.crossing_before(other(add, hidden))
+    for add, end in _added_to(hidden):
+        found = special.crossing_before(end)
         if found is None or found.q.input is not hidden:
             continue
         after = next(norms_reading(add.outputs[0]), None)
@@ -283,8 +304,8 @@ def _post_norm(add: ir.Node, source: ir.Value) -> _Tail | str:
 
 def _post_norm_mlp(first: Norm, add: ir.Node, hidden: ir.Value) -> _Tail | str:
     reason = "no MLP adds to the stream after the attention"
-    for second in users(hidden, "Add"):
-        found = _mlp_branch(other(second, hidden))
+    for second, end in _added_to(hidden):
+        found = _mlp_branch(end)
         if isinstance(found, str):
             reason = found
             continue

@@ -7,8 +7,10 @@ would read and the one it would compute belongs to the layer's view::
     x [Mul, Add by constants] [Clip] Q DQ                            MatMul             [Add bias]
     x [Mul, Add by constants] [Sub c] Div r [Add or Sub number] Q DQ MatMul [Add vector] Mul r
                                                              [Add of (c Mul vector)] [Add bias]
+    x DynamicQuantizeLinear MatMulInteger Cast Mul (of both scales) [Add bias]
 
-r and c hold one number per token, each computed from x; steps in brackets may be missing. A step
+A product that is rounded itself, Q and DQ after it, goes on after that. r and c hold one number per
+token, each computed from x; steps in brackets may be missing. A step
 that divides rows belongs to the layer only where the layer multiplies by the same numbers after:
 then, and only then, the whole is linear up to rounding.
 """
@@ -29,9 +31,13 @@ _REDUCTIONS = frozenset(
     {"ReduceMax", "ReduceMin", "ReduceMean", "ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare"}
 )
 _POINTWISE = frozenset({"Abs", "Add", "Div", "Max", "Min", "Mul", "Neg", "Reciprocal", "Sub"})
-_ON_THE_WAY = ("Add", "Clip", "DequantizeLinear", "Div", "Mul", "QuantizeLinear", "Sub")
-#: Nodes after the product: what an offset took, the gain, what the middle took, the bias.
-_MAX_AFTER = 4
+_ON_THE_WAY = (
+    "Add", "Clip", "DequantizeLinear", "Div", "DynamicQuantizeLinear", "Mul", "QuantizeLinear",
+    "Sub",
+)  # fmt: skip
+_PRODUCTS = ("MatMul", "MatMulInteger")
+#: Nodes after the product: Q, DQ, what an offset took, the gain, what the middle took, the bias.
+_MAX_AFTER = 6
 #: Nodes before it: Mul, Add, Sub, Div, Sub, Q, DQ.
 _MAX_BEFORE = 7
 #: Nodes that compute the reach of a token from its numbers.
@@ -78,20 +84,24 @@ def quantized_linear(output: ir.Value) -> Linear | None:
     pending = [(output, _MAX_AFTER)]
     while pending:
         value, steps = pending.pop()
-        matmul = node_of(value, "MatMul")
+        matmul = node_of(value, *_PRODUCTS)
         if matmul is not None:
             found = quantized_at(matmul)
             if found is not None and found.output is output:
                 return found
-        node = node_of(value, "Add", "Mul")
-        if node is not None and steps:
-            sides = [v for v in operands(node) if graphs.constant(v) is None]
-            pending.extend((side, steps - 1) for side in reversed(sides))
+        node = node_of(value, "Add", "Cast", "DequantizeLinear", "Mul", "QuantizeLinear")
+        if node is None or not steps:
+            continue
+        binary = node.op_type in ("Add", "Mul")
+        sides = [v for v in (operands(node) if binary else node.inputs[:1]) if v is not None]
+        pending.extend((v, steps - 1) for v in reversed(sides) if graphs.constant(v) is None)
     return None
 
 
 def quantized_at(matmul: ir.Node) -> Linear | None:
-    """The int8 layer around a MatMul whose factors are both dequantized."""
+    """The int8 layer around a product of integers, or of numbers that are both dequantized."""
+    if matmul.op_type == "MatMulInteger":
+        return _integer_product(matmul)
     left, weight = operands(matmul)
     if node_of(weight, "DequantizeLinear") is None or weight_of(weight) is None:
         return None
@@ -108,7 +118,7 @@ def fed_by(value: ir.Value) -> list[Linear]:
     pending = [(value, _MAX_BEFORE)]
     while pending:
         current, steps = pending.pop()
-        for matmul in users(current, "MatMul"):
+        for matmul in users(current, *_PRODUCTS):
             layer = quantized_at(matmul)
             if layer is not None and layer.input is value:
                 found[matmul] = layer
@@ -120,6 +130,9 @@ def fed_by(value: ir.Value) -> list[Linear]:
 
 def reads(layer: Linear) -> set[ir.Node]:
     """The nodes through which a layer reads its input: of a float layer, the MatMul."""
+    dynamic = node_of(operand(layer.matmul), "DynamicQuantizeLinear")
+    if dynamic is not None:
+        return {dynamic}
     for way in _ways(operand(layer.matmul)):
         if way.source is layer.input:
             nodes = {layer.matmul, *way.nodes}
@@ -217,7 +230,7 @@ def _reduces_rows(node: ir.Node) -> bool:
 
 def _restored(matmul: ir.Node, way: _Way) -> Linear | None:
     """The layer with what follows its product; None where rows are not multiplied back."""
-    value, weight = matmul.outputs[0], operands(matmul)[1]
+    value, weight = _rounded(matmul.outputs[0]), operands(matmul)[1]
     if way.gain is not None:
         lost = _vector_added(value)
         value = value if lost is None else lost.outputs[0]
@@ -239,6 +252,46 @@ def _restored(matmul: ir.Node, way: _Way) -> Linear | None:
     return Linear(matmul, last, way.source, weight, bias, output)
 
 
+def _integer_product(matmul: ir.Node) -> Linear | None:
+    """The layer around a MatMulInteger of what a DynamicQuantizeLinear gives."""
+    left, weight = operands(matmul)
+    quantize = node_of(left, "DynamicQuantizeLinear")
+    cast = _only(matmul.outputs[0], "Cast")
+    scaled = None if cast is None else _only(cast.outputs[0], "Mul")
+    if quantize is None or cast is None or scaled is None or weight_of(weight) is None:
+        return None
+    factor = other(scaled, cast.outputs[0])
+    product = node_of(factor, "Mul")
+    if quantize.outputs[1] not in ((factor,) if product is None else operands(product)):
+        return None
+    value = scaled.outputs[0]
+    last = _vector_added(value)
+    bias = None if last is None else other(last, value)
+    output = value if last is None else last.outputs[0]
+    return Linear(matmul, last, operand(quantize), weight, bias, output)
+
+
+def rounded_forms(value: ir.Value) -> Iterator[ir.Value]:
+    """``value`` after each Q/DQ pair that reads it."""
+    for quantize in users(value, "QuantizeLinear"):
+        for dequantize in users(quantize.outputs[0], "DequantizeLinear"):
+            yield dequantize.outputs[0]
+
+
+def unrounded(value: ir.Value) -> ir.Value:
+    """What a Q/DQ pair that gives ``value`` reads; ``value`` itself without one."""
+    dequantize = node_of(value, "DequantizeLinear")
+    quantize = None if dequantize is None else node_of(dequantize.inputs[0], "QuantizeLinear")
+    return value if quantize is None else operand(quantize)
+
+
+def _rounded(value: ir.Value) -> ir.Value:
+    """``value`` after a Q/DQ pair that alone reads it, itself without one."""
+    quantize = _only(value, "QuantizeLinear")
+    dequantize = None if quantize is None else _only(quantize.outputs[0], "DequantizeLinear")
+    return value if dequantize is None else dequantize.outputs[0]
+
+
 def _only(value: ir.Value, op_type: str) -> ir.Node | None:
     node = graphs.only_user(value)
     return node if node is not None and node.op_type == op_type and node.domain == "" else None
@@ -251,5 +304,5 @@ def _vector_added(value: ir.Value) -> ir.Node | None:
 
 
 def _is_vector(value: ir.Value) -> bool:
-    shape = dims(value)
+    shape = dims(stored(value))
     return shape is not None and len(shape) == 1

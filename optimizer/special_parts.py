@@ -21,6 +21,7 @@ _LAYOUT = (
     "Concat", "Expand", "Flatten", "Gather", "GatherElements", "Pad", "Reshape", "Slice", "Split",
     "Squeeze", "Tile", "Transpose", "Unsqueeze",
 )  # fmt: skip
+_ROUNDING = ("DequantizeLinear", "QuantizeLinear")
 #: Steps between the Softmax and the products its scores are made of, relative positions included.
 _MAX_SCORES = 60
 #: Steps between a norm and the windows cut out of its result.
@@ -174,7 +175,7 @@ def products_under(value: ir.Value) -> tuple[ir.Node, ...]:
         seen.add(node)
         if node.op_type == "MatMul":
             products[node] = None
-        elif node.op_type in _LAYOUT and node.op_type != "Concat":
+        elif node.op_type in (*_LAYOUT, *_ROUNDING) and node.op_type != "Concat":
             pending.append(operand(node))  # what else they read are shapes and positions
         elif node.op_type in _ELEMENTWISE or node.op_type == "Concat":
             pending.extend(v for v in node.inputs if v is not None)
@@ -183,6 +184,8 @@ def products_under(value: ir.Value) -> tuple[ir.Node, ...]:
 
 def unrecognised(softmax: ir.Node) -> str:
     """Why the attention around a Softmax was left spelled out."""
+    if node_of(operand(softmax), "DequantizeLinear") is not None:
+        return "the scores of the attention are quantized"
     count = len(products_under(operand(softmax)))
     return disentangled(count) if count > 1 else "the attention was not recognised"
 

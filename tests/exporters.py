@@ -228,6 +228,13 @@ def _dynamic_int8(cell: Cell, source: Path, target: Path) -> None:
     folded.unlink()
 
 
+def _linear_nodes(path: Path) -> list[str]:
+    """Products by a weight; those of queries and keys stay in float."""
+    graph = onnx.load(path).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    return [n.name for n in graph.node if n.op_type in _LINEAR and n.input[1] in weights]
+
+
 def _static_int8(cell: Cell, source: Path, target: Path, *, symmetric: bool) -> None:
     from onnxruntime import quantization
 
@@ -246,6 +253,7 @@ def _static_int8(cell: Cell, source: Path, target: Path, *, symmetric: bool) -> 
         activation_type=kind.QInt8 if symmetric else kind.QUInt8, weight_type=kind.QInt8,
         op_types_to_quantize=_LINEAR,
         extra_options={"ActivationSymmetric": symmetric, "WeightSymmetric": True},
+        nodes_to_quantize=_linear_nodes(folded),
     )  # fmt: skip
     folded.unlink()
 

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from optimizer import graph as graphs
 from optimizer.pass_base import Skip
-from optimizer.raising.base import allow
+from optimizer.raising.base import allow, attempt
 
 CONTRIB = "com.microsoft"
 #: uint8 code of the real number zero.
@@ -73,7 +73,50 @@ def lower(model: ir.Model) -> tuple[int, tuple[Skip, ...]]:
             writer.write(product)
         graph.opset_imports[CONTRIB] = 1
         graphs.remove_dead(graph)
-    return len(found), tuple(skipped)
+    count = sum(attempt(node, _unsigned, node) for node in graph)
+    if count:
+        graphs.remove_dead(graph)
+    return len(found) + count, tuple(skipped)
+
+
+def _unsigned(quantize: ir.Node) -> bool:
+    """Codes of a Q/DQ pair that stays, as uint8: they stand for the same numbers.
+
+    ONNX Runtime turns int8 pairs into uint8 ones itself, and from opset 21 on fails where it has
+    moved such a pair through a Reshape before (1.32: output_dtype and zero point differ).
+    """
+    graph = quantize.graph
+    if quantize.op_type != "QuantizeLinear" or quantize.domain != "" or not _is_int8(quantize):
+        return False
+    readers = list(dict.fromkeys(use.node for use in quantize.outputs[0].uses()))
+    pairs = all(node.op_type == "DequantizeLinear" and not node.domain for node in readers)
+    zeros = [_zero(node) for node in (quantize, *readers)]
+    if not readers or not pairs or None in zeros or not isinstance(graph, ir.Graph):
+        return False
+    if len(set(zeros)) > 1 or quantize.outputs[0].is_graph_output():
+        return False
+    code = np.array(OFFSET + int(zeros[0] or 0), np.uint8)
+    zero = graphs.add_initializer(graph, f"zero_point_{code}", code)
+    attributes = {k: v for k, v in quantize.attributes.items() if k != "output_dtype"}
+    codes = graphs.insert(
+        graph, quantize, "QuantizeLinear", (*quantize.inputs[:2], zero), attributes,
+        name=f"{quantize.outputs[0].name}_u8", dtype=ir.DataType.UINT8,
+        shape=quantize.outputs[0].shape,
+    )  # fmt: skip
+    for node in readers:
+        node.resize_inputs(3)
+        node.replace_input_with(0, codes)
+        node.replace_input_with(2, zero)
+    return True
+
+
+def _zero(node: ir.Node) -> int | None:
+    """The one zero point of a Q or DQ, 0 where it has none."""
+    value = node.inputs[2] if len(node.inputs) > 2 else None
+    if value is None:
+        return 0
+    number = graphs.scalar(value)
+    return None if number is None else int(number)
 
 
 def match_product(node: ir.Node) -> QuantizedMatMul | str | None:

@@ -4,7 +4,8 @@ Rewrite: ``MatMulIntegerToFloat(QuantizeLinear(x, s, 128), W, s, w, 128[, 0], b)
          -> ``MatMul(DQ(Q(x, s, 0)), DQ(W, w)) + b`` with int8 codes;
          ``Sum(a, b)`` -> ``Add(a, b)``;
          ``Softmax(Max(x, ReduceMax(x) - d))`` -> ``Softmax(x)`` for d of 60 or more;
-         ``QuantizeLinear(x * Reciprocal(m))`` -> ``QuantizeLinear(x / m)``.
+         ``QuantizeLinear(x * Reciprocal(m))`` -> ``QuantizeLinear(x / m)``;
+         Q/DQ pairs of uint8 codes with offset 128 -> of int8 codes.
 Applies when: weights are constant int8 with zero point 0, the activation's codes are uint8 and the
          product takes 128 for zero. A quantizer whose own zero point is another code z carries a
          shift: then ``x`` becomes ``x + (z - 128) s``.
@@ -43,6 +44,7 @@ def run(model: ir.Model) -> RuleReport:
         elif node.domain == "" and node.op_type in ("Softmax", "QuantizeLinear"):
             raiser.applied += attempt(node, _raise_floor, node)
             raiser.applied += attempt(node, _raise_quotient, node)
+            raiser.applied += attempt(node, _raise_pair, node)
         elif node.domain == _CONTRIB and node.op_type == "GroupQueryAttention":
             reason = "its KV cache is filled in place; raise from the model with an appended cache"
             raiser.skipped.append(Miss(site(node), reason))
@@ -168,4 +170,31 @@ def _raise_quotient(quantize: ir.Node) -> bool:
         return False
     product.op_type = "Div"
     product.replace_input_with(1, inverse.inputs[0])
+    return True
+
+
+def _raise_pair(quantize: ir.Node) -> bool:
+    """Codes of a Q/DQ pair with offset 128 become int8 codes of the same numbers."""
+    graph, codes = quantize.graph, quantize.outputs[0]
+    readers = list(dict.fromkeys(use.node for use in codes.uses()))
+    nodes = (quantize, *readers)
+    if quantize.op_type != "QuantizeLinear" or not readers or codes.is_graph_output():
+        return False
+    if any(node.op_type != "DequantizeLinear" or node.domain for node in readers):
+        return False
+    zeros = [node.inputs[2] if len(node.inputs) > 2 else None for node in nodes]
+    offsets = {
+        None if z is None or z.dtype != ir.DataType.UINT8 else graphs.scalar(z) for z in zeros
+    }
+    if offsets != {_OFFSET} or not isinstance(graph, ir.Graph):
+        return False
+    zero = graphs.add_initializer(graph, "zero_point_0", np.array(0, np.int8))
+    attributes = {k: v for k, v in quantize.attributes.items() if k != "output_dtype"}
+    signed = graphs.insert(
+        graph, quantize, "QuantizeLinear", (*quantize.inputs[:2], zero), attributes,
+        name=f"{codes.name}_s8", dtype=ir.DataType.INT8, shape=codes.shape,
+    )  # fmt: skip
+    for node in readers:
+        node.replace_input_with(0, signed)
+        node.replace_input_with(2, zero)
     return True

@@ -1,8 +1,8 @@
 """Computes row-wise functions before a Reshape flattens the batch, not after it.
 
 Rewrite: f(Reshape(x, [-1, D])) -> Reshape(f(x), [-1, N]) for x [B, S, D]: linear layers, norms,
-         activations, additions of two values flattened alike. The Reshape wanders down until it
-         meets the one that restores the batch, and both go away (``reshapes``).
+         activations, rounding, additions of two values flattened alike. The Reshape wanders down
+         until it meets the one that restores the batch, and both go away (``reshapes``).
 Applies when: f treats every row of the last axis alike, by its operator and its constants
 Exactness: bitwise in exact row order; a runtime may block a GEMM of another shape differently
 """
@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from optimizer import graph as graphs
 from optimizer.nodes import dims, node_of, operand
+from optimizer.quantized_parts import stored
 from optimizer.raising.base import RuleReport, attempt
 from optimizer.raising.shapes import Shapes
 
@@ -26,6 +27,9 @@ UNARY = frozenset(
 )  # fmt: skip
 BINARY = frozenset({"Add", "Div", "Max", "Min", "Mul", "Pow", "Sub"})
 _NORMS = frozenset({"LayerNormalization", "RMSNormalization"})
+_ROUNDING = frozenset({"DequantizeLinear", "QuantizeLinear"})
+_PRODUCTS = frozenset({"MatMul", "MatMulInteger"})
+_DYNAMIC = "DynamicQuantizeLinear"
 
 
 def run(model: ir.Model) -> RuleReport:
@@ -34,7 +38,7 @@ def run(model: ir.Model) -> RuleReport:
     shapes = Shapes()
     applied = 0
     for node in list(graph):
-        if node.domain == "" and len(node.outputs) == 1:
+        if node.domain == "" and (len(node.outputs) == 1 or node.op_type == _DYNAMIC):
             applied += attempt(node, _move, graph, shapes, node)
     if applied:
         graphs.remove_dead(graph)
@@ -61,15 +65,9 @@ def _move(graph: ir.Graph, shapes: Shapes, node: ir.Node) -> bool:
     inputs = _inputs_before(shapes, node)
     if inputs is None:
         return False
-    wide = graphs.insert(
-        graph,
-        node,
-        node.op_type,
-        inputs,
-        dict(node.attributes),
-        name=f"{output.name}_rows",
-        dtype=output.dtype,
-    )
+    wide, *rest = _before(graph, node, inputs)
+    for old, new in zip(node.outputs[1:], rest, strict=True):
+        graphs.replace_value(old, new, keep_name=True)
     target = graphs.add_initializer(graph, "flat", np.array([-1, result[1]], np.int64))
     flat = graphs.insert(
         graph, node, "Reshape", [wide, target], name=f"{output.name}_flat", dtype=output.dtype
@@ -78,10 +76,20 @@ def _move(graph: ir.Graph, shapes: Shapes, node: ir.Node) -> bool:
     return True
 
 
+def _before(graph: ir.Graph, node: ir.Node, inputs: list[ir.Value | None]) -> tuple[ir.Value, ...]:
+    """The outputs of the node on rows that are not flattened."""
+    made = graphs.insert(
+        graph, node, node.op_type, inputs, dict(node.attributes),
+        name=f"{node.outputs[0].name}_rows", outputs=len(node.outputs),
+        dtype=[output.dtype for output in node.outputs],
+    )  # fmt: skip
+    return made if isinstance(made, tuple) else (made,)
+
+
 def _inputs_before(shapes: Shapes, node: ir.Node) -> list[ir.Value | None] | None:
     """The inputs with which the node gives the same rows before they are flattened."""
     inputs = list(node.inputs)
-    if node.op_type in UNARY or node.op_type in _NORMS or node.op_type == "MatMul":
+    if node.op_type in UNARY | _NORMS | _PRODUCTS | _ROUNDING | {_DYNAMIC}:
         source = _flattened(shapes, inputs[0])
         return [source, *inputs[1:]] if source is not None and _rowwise(node) else None
     if node.op_type not in BINARY or len(inputs) != 2:
@@ -90,7 +98,7 @@ def _inputs_before(shapes: Shapes, node: ir.Node) -> list[ir.Value | None] | Non
     if sources[0] is not None and sources[1] is not None:
         return list(sources) if shapes.same(sources[0], sources[1]) else None
     for source, rest in ((sources[0], inputs[1]), (sources[1], inputs[0])):
-        size = None if rest is None else dims(rest)
+        size = shapes.of(rest)
         if source is not None and size is not None and len(size) <= 1:
             return [source if value is not rest else rest for value in inputs]
     return None
@@ -102,7 +110,9 @@ def _rowwise(node: ir.Node) -> bool:
         scale = dims(operand(node, 1))
         last = node.attributes.get_int("axis", -1) == -1
         return last and scale is not None and len(scale) == 1
-    if node.op_type == "MatMul":
-        weight = dims(operand(node, 1))
+    if node.op_type in _PRODUCTS:
+        weight = dims(stored(operand(node, 1)))
         return weight is not None and len(weight) == 2
+    if node.op_type in _ROUNDING:
+        return all(value is None or graphs.scalar(value) is not None for value in node.inputs[1:])
     return all(value is None or graphs.constant(value) is not None for value in node.inputs[1:])

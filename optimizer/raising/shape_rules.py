@@ -83,6 +83,10 @@ def _matmul(shapes: Shapes, node: ir.Node, value: ir.Value) -> Shape | None:
     return None if batch is None else (*batch, left[-2], right[-1])
 
 
+def _dynamic_quantize(shapes: Shapes, node: ir.Node, value: ir.Value) -> Shape | None:
+    return shapes.of(node.inputs[0]) if value.index() == 0 else ()
+
+
 def _gemm(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
     left, right = shapes.of(node.inputs[0]), shapes.of(node.inputs[1])
     if left is None or right is None:
@@ -338,7 +342,9 @@ RULES: dict[str, Rule] = {
     "GatherElements": _like_index,
     "GatherND": _gather_nd,
     "Gemm": _gemm,
+    "DynamicQuantizeLinear": _dynamic_quantize,
     "MatMul": _matmul,
+    "MatMulInteger": _matmul,
     "MaxPool": _pool,
     "Range": _range,
     "ReduceMax": _reduce,

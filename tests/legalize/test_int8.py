@@ -7,12 +7,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import quantized
+import rule_case
 
 from optimizer import graph as graphs
 from optimizer.legalize import legalize
 from optimizer.pass_base import Context
 from optimizer.raising import ort_cpu as raising
 from optimizer.runners.ort import OrtRunner
+from optimizer.runners.reference import ReferenceRunner
 from passes.canonicalize import Canonicalize
 
 CASES = {
@@ -150,9 +152,37 @@ def test_a_shift_of_whole_steps_moves_into_the_zero_point_and_back():
 def test_products_of_another_scheme_stay_with_a_reason(change, reason):
     w = np.ones((8, 8), np.int8)
     model = _product(np.float32(0.1), w, np.ones(8, np.float32), **change)
+    before = OrtRunner(model).run(feed := {"x": rng_input()})
     report = legalize(model, "ort-cpu")
-    assert not report.modified
+    assert _ops(model)["MatMul"] == 1
     assert reason in report.skipped[0].reason
+    np.testing.assert_array_equal(OrtRunner(model).run(feed)["y"], before["y"])
+
+
+def rng_input() -> np.ndarray:
+    return np.random.default_rng(2).uniform(-20, 20, (5, 8)).astype(np.float32)
+
+
+def _zero_points(model: ir.Model) -> set[ir.DataType]:
+    return {n.inputs[2].dtype for n in model.graph if n.op_type.endswith("quantizeLinear")} | {
+        n.inputs[2].dtype for n in model.graph if n.op_type == "QuantizeLinear"
+    }
+
+
+def test_int8_pairs_beside_products_become_uint8_and_come_back():
+    model = rule_case.graph(
+        "c = QuantizeLinear(x, s, z) d = DequantizeLinear(c, s, z) y = Reshape(d, shape)",
+        output="float[B,T] y",
+        constants="float s = {0.05}, int8 z = {0}, int64[2] shape = {0, -1}",
+    )
+    feed = rule_case.feed(model)
+    before = ReferenceRunner(model).run(feed)["y"]
+    legalize(model, "ort-cpu")
+    assert _zero_points(model) == {ir.DataType.UINT8}
+    np.testing.assert_array_equal(OrtRunner(model).run(feed)["y"], before)
+    raising.run(model)
+    assert _zero_points(model) == {ir.DataType.INT8}
+    np.testing.assert_array_equal(ReferenceRunner(model).run(feed)["y"], before)
 
 
 def test_activation_scaled_per_channel_stays_with_a_reason():
