@@ -253,9 +253,14 @@ def _activation(source: ir.Value, nodes: tuple[ir.Node, ...]) -> str:
     return "+".join(t.lower() for t in types)
 
 
+#: Attention of ONNX Runtime that keeps each row's cache by itself; it has no standard form.
+GROUPED = "GroupQueryAttention"
+
+
 def attention(node: ir.Node) -> Attention | str:
-    """The view of a canonical Attention node, or why it is none."""
-    heads = node.attributes.get_int("q_num_heads", 0)
+    """The view of a canonical Attention or a GroupQueryAttention, or why it is none."""
+    grouped = node.op_type == GROUPED
+    heads = node.attributes.get_int("num_heads" if grouped else "q_num_heads", 0)
     kv_heads = node.attributes.get_int("kv_num_heads", 0)
     if not heads or not kv_heads:
         return "the Attention has 4-D inputs, not the canonical 3-D ones"
@@ -278,14 +283,18 @@ def attention(node: ir.Node) -> Attention | str:
     if width(k.linear) * k.repeats != size * kv_heads or value_size * v.repeats != size:
         return "query, key and value heads have different sizes"
     present_key, present_value = (*node.outputs[1:3], None, None)[:2]
+    turns = node if grouped and node.attributes.get_int("do_rotary", 0) == 1 else None
     extra = (*node.inputs[3:], None, None, None)
+    flag = node.attributes.get("causal" if grouped else "is_causal")
+    causal = grouped if flag is None else flag.as_int() == 1
     return Attention(
-        node, q.linear, k.linear, v.linear, o, q.rotary, k.rotary, q.norm, k.norm,
+        node, q.linear, k.linear, v.linear, o, q.rotary or turns, k.rotary or turns, q.norm, k.norm,
         heads=heads, kv_heads=kv_heads, head_dim=size,
-        scale=node.attributes.get_float("scale", size**-0.5),
+        scale=node.attributes.get_float("scale", 0.0) or size**-0.5,
         softcap=node.attributes.get_float("softcap", 0.0),
-        mask=extra[0], is_causal=bool(node.attributes.get_int("is_causal", 0)),
-        past_key=extra[1], past_value=extra[2],
+        mask=None if grouped else extra[0],
+        is_causal=causal,
+        past_key=extra[0 if grouped else 1], past_value=extra[1 if grouped else 2],
         present_key=present_key, present_value=present_value, repeats=k.repeats,
     )  # fmt: skip
 

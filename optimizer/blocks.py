@@ -59,9 +59,10 @@ def find_blocks(model: ir.Model) -> Structure:
     blocks: list[Block] = []
     misses: dict[ir.Node, tuple[str, str]] = {}
     for node in model.graph:
-        if node.domain != "":
+        grouped = node.op_type == parts.GROUPED
+        if node.domain != "" and not grouped:
             continue
-        if node.op_type == "Attention":
+        if node.op_type == "Attention" or grouped:
             found = _block(node, len(blocks))
             if isinstance(found, Block):
                 blocks.append(found)
@@ -130,6 +131,8 @@ def _assemble(index: int, attention: Attention, branch: parts.Branch, tail: _Tai
     extras = _without_casts([*branch.extras, *tail.extras])
     if tail.cross is not None:
         extras.append("cross-attention")
+    if attention.node.op_type == parts.GROUPED:
+        extras.append("each row of the batch keeps its own cache (GroupQueryAttention)")
     if attention.repeats > 1:
         extras.append("keys and values are repeated before the cache")
     linears = (attention.q, attention.k, attention.v, attention.o, *_linears(tail.mlp))

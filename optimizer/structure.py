@@ -113,13 +113,14 @@ class Norm:
 
 @dataclass(frozen=True)
 class Attention:
-    """One canonical Attention node with its projections.
+    """One canonical Attention node, or one GroupQueryAttention, with its projections.
 
     Attributes:
         node: Attention (opset 23, 3-D form): Q [B,S,H*c], K/V [B,S,Hkv*c], optional mask,
             optional past key/value [B,Hkv,P,c]; outputs Y [B,S,H*c], optional present key/value.
         q, k, v, o: The projections; ``o.input`` is the node's output.
-        q_rotary, k_rotary: RotaryEmbedding nodes between projection and Attention, or None.
+        q_rotary, k_rotary: RotaryEmbedding nodes between projection and Attention, or None; a
+            GroupQueryAttention that turns them itself.
         q_norm, k_norm: Per-head norms on query and key (QK-norm), or None.
         heads, kv_heads, head_dim: H, Hkv, c.
         mask: Attention mask value, or None.

@@ -258,6 +258,32 @@ def _static_int8(cell: Cell, source: Path, target: Path, *, symmetric: bool) -> 
     folded.unlink()
 
 
+def _genai(cell: Cell, target: Path) -> None:
+    """The model builder of ONNX Runtime's generation library, with its own kinds of nodes."""
+    import tempfile
+
+    import tokenizers
+    import transformers
+    from onnxruntime_genai.models import builder
+
+    from optimizer.frontends.onnx_export import quiet
+    from optimizer.model_io import save_model
+
+    if cell.entry.kind != "decoder" or not cell.kv_cache:
+        raise NotExported("the builder writes decoders with cache only")
+    words = {str(index): index for index in range(families.VOCAB)}
+    tokens = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="0"))
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        source = Path(folder) / "source"
+        families.make_model(cell.entry).save_pretrained(source)
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tokens).save_pretrained(source)
+        transformers.GenerationConfig(eos_token_id=98, bos_token_id=0).save_pretrained(source)
+        words_of = (cell.entry.name, str(source), f"{folder}/out", "fp32", "cpu", f"{folder}/cache")
+        builder.create_model(*words_of, **builder.parse_extra_options(*words_of, []))
+        model = ir.load(f"{folder}/out/model.onnx")
+        save_model(model, target, "never", force=True)
+
+
 WAYS: dict[str, Callable[[Cell, Path], None]] = {
     **{f"dynamo-{n}": functools.partial(_dynamo, opset=n) for n in range(18, 25)},
     "dynamo-raw": _raw,
@@ -281,6 +307,7 @@ WAYS: dict[str, Callable[[Cell, Path], None]] = {
     "ort-fusions": _after("dynamo-18", _ort_fusions),
     "ort-dynamic-int8": _after("torchscript-17", _dynamic_int8),
     "ort-static-int8": _after("torchscript-17", functools.partial(_static_int8, symmetric=False)),
+    "genai": _genai,
     "qdq-symmetric": _after("dynamo-18", functools.partial(_static_int8, symmetric=True)),
 }
 

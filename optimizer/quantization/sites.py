@@ -240,6 +240,8 @@ def _kind(value: ir.Value) -> Kind:
     node = value.producer()
     while node is not None and node.domain == "" and node.op_type in _SHAPING and node.inputs[0]:
         node = node.inputs[0].producer()
+    if node is not None and node.op_type == parts.GROUPED:
+        return Kind.ATTENTION
     if node is None or node.domain != "":
         return Kind.OTHER
     if norm_of(node.outputs[0]) is not None:

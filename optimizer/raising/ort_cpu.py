@@ -46,7 +46,10 @@ def run(model: ir.Model) -> RuleReport:
             raiser.applied += attempt(node, _raise_quotient, node)
             raiser.applied += attempt(node, _raise_pair, node)
         elif node.domain == _CONTRIB and node.op_type == "GroupQueryAttention":
-            reason = "its KV cache is filled in place; raise from the model with an appended cache"
+            reason = (
+                "each row keeps its own cache, perhaps in place, which no standard operator does; "
+                "passes that regroup heads need a model with an appended cache"
+            )
             raiser.skipped.append(Miss(site(node), reason))
     if raiser.applied:
         graphs.remove_dead(model)

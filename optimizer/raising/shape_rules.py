@@ -361,3 +361,32 @@ RULES: dict[str, Rule] = {
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
 }
+
+
+def _grouped(shapes: Shapes, node: ir.Node, value: ir.Value) -> Shape | None:
+    query = shapes.of(node.inputs[0])
+    if query is None or value.index() != 0 or node.inputs[1] is None:
+        return None
+    return query
+
+
+def _reordered(shapes: Shapes, node: ir.Node, value: ir.Value) -> Shape | None:
+    """From a layout in blocks of channels back to the model's own."""
+    source = shapes.of(node.inputs[0])
+    if source is None or value.index() != 0:
+        return None
+    channels = node.attributes.get_int("channels", 0)
+    if node.attributes.get_int("channels_last", 0):
+        return source[0], *source[2:], channels
+    return source[0], channels, *source[2:]
+
+
+_BLOCKED = "com.microsoft.nchwc"
+#: Of operators that ONNX Runtime adds.
+CONTRIB_RULES: dict[tuple[str, str], Rule] = {
+    ("com.microsoft", "GroupQueryAttention"): _grouped,
+    (_BLOCKED, "AveragePool"): _pool,
+    (_BLOCKED, "Conv"): _conv,
+    (_BLOCKED, "MaxPool"): _pool,
+    (_BLOCKED, "ReorderOutput"): _reordered,
+}

@@ -74,11 +74,14 @@ class Shapes:
         if node is None:
             return _declared(value)
         if node.domain != "":
-            return None
-        rule = rules.RULES.get(node.op_type)
+            rule = rules.CONTRIB_RULES.get((node.domain, node.op_type))
+        else:
+            rule = rules.RULES.get(node.op_type)
         try:
             if rule is not None:
                 return rule(self, node, value)
+            if node.domain != "":
+                return None
             if node.op_type in _SAME:
                 return self.of(node.inputs[0]) if value.index() == 0 else None
             if node.op_type in _BROADCAST:

@@ -234,8 +234,9 @@ def group_query_attention(inputs: Arrays, attributes: Attributes) -> tuple[Array
         NotImplementedError: An option beyond rotary embedding, local window and soft cap.
     """
     padded = [optional_input(inputs, index) for index in range(17)]
-    if any(value is not None for value in padded[9:]):
-        msg = "positions, biases or quantized caches of GroupQueryAttention"
+    options = ("sliding_window_cache", "smooth_softmax", "qk_output", "kv_cache_bit_width")
+    if any(v is not None for v in padded[9:]) or any(attributes.get(o, 0) for o in options):
+        msg = "positions, biases, or caches of another kind of GroupQueryAttention"
         raise NotImplementedError(msg)
     heads, kv_heads = int(attributes["num_heads"]), int(attributes["kv_num_heads"])
     q, k, v = _grouped_sides(padded[:3], heads, kv_heads)
@@ -259,10 +260,10 @@ def group_query_attention(inputs: Arrays, attributes: Attributes) -> tuple[Array
     if window > 0:
         seen &= scores > here - window
     bias = np.where(seen, 0.0, -np.inf)[:, None]
-    options = {"scale": attributes.get("scale"), "softcap": attributes.get("softcap")}
+    kept = {"scale": attributes.get("scale"), "softcap": attributes.get("softcap")}
     sizes = {"q_num_heads": heads, "kv_num_heads": kv_heads}
     flat = [s.transpose(0, 2, 1, 3).reshape(batch, s.shape[2], -1) for s in (q, *rows)]
-    y = attention([*(s[:, :total] for s in flat), bias], {**sizes, **options})[0]
+    y = attention([*(s[:, :total] for s in flat), bias], {**sizes, **kept})[0]
     return y, *rows
 
 
