@@ -18,6 +18,7 @@ from optimizer.quantized_parts import (
     quantized_at,
     quantized_linear,
     reads,
+    rounded,
     stored,
     weight_of,
 )
@@ -143,6 +144,10 @@ def forward_branches(start: ir.Value, where: str) -> list[tuple[Branch, ir.Node]
         nodes = list(dict.fromkeys(use.node for use in value.uses()))
         if len(nodes) != 1:
             return []
+        after = rounded(value)
+        if after is not value:  # the end of an int8 layer
+            value = after
+            continue
         reason = _between(nodes[0], value, where)
         if reason is None:
             return []

@@ -9,7 +9,8 @@ would read and the one it would compute belongs to the layer's view::
                                                              [Add of (c Mul vector)] [Add bias]
     x DynamicQuantizeLinear MatMulInteger Cast Mul (of both scales) [Add bias]
 
-A product that is rounded itself, Q and DQ after it, goes on after that. r and c hold one number per
+A product that is rounded itself, Q and DQ after it, goes on after that, and a layer may end with
+such a pair. r and c hold one number per
 token, each computed from x; steps in brackets may be missing. A step
 that divides rows belongs to the layer only where the layer multiplies by the same numbers after:
 then, and only then, the whole is linear up to rounding.
@@ -87,8 +88,8 @@ def quantized_linear(output: ir.Value) -> Linear | None:
         matmul = node_of(value, *_PRODUCTS)
         if matmul is not None:
             found = quantized_at(matmul)
-            if found is not None and found.output is output:
-                return found
+            if found is not None and output in (found.output, rounded(found.output)):
+                return replace(found, output=output)
         node = node_of(value, "Add", "Cast", "DequantizeLinear", "Mul", "QuantizeLinear")
         if node is None or not steps:
             continue
@@ -230,7 +231,7 @@ def _reduces_rows(node: ir.Node) -> bool:
 
 def _restored(matmul: ir.Node, way: _Way) -> Linear | None:
     """The layer with what follows its product; None where rows are not multiplied back."""
-    value, weight = _rounded(matmul.outputs[0]), operands(matmul)[1]
+    value, weight = rounded(matmul.outputs[0]), operands(matmul)[1]
     if way.gain is not None:
         lost = _vector_added(value)
         value = value if lost is None else lost.outputs[0]
@@ -278,18 +279,18 @@ def rounded_forms(value: ir.Value) -> Iterator[ir.Value]:
             yield dequantize.outputs[0]
 
 
+def rounded(value: ir.Value) -> ir.Value:
+    """``value`` after a Q/DQ pair that alone reads it, itself without one."""
+    quantize = _only(value, "QuantizeLinear")
+    dequantize = None if quantize is None else _only(quantize.outputs[0], "DequantizeLinear")
+    return value if dequantize is None else dequantize.outputs[0]
+
+
 def unrounded(value: ir.Value) -> ir.Value:
     """What a Q/DQ pair that gives ``value`` reads; ``value`` itself without one."""
     dequantize = node_of(value, "DequantizeLinear")
     quantize = None if dequantize is None else node_of(dequantize.inputs[0], "QuantizeLinear")
     return value if quantize is None else operand(quantize)
-
-
-def _rounded(value: ir.Value) -> ir.Value:
-    """``value`` after a Q/DQ pair that alone reads it, itself without one."""
-    quantize = _only(value, "QuantizeLinear")
-    dequantize = None if quantize is None else _only(quantize.outputs[0], "DequantizeLinear")
-    return value if dequantize is None else dequantize.outputs[0]
 
 
 def _only(value: ir.Value, op_type: str) -> ir.Node | None:

@@ -369,6 +369,9 @@ def torch_outputs(
     from transformers import DynamicCache
 
     model = make_model(entry) if model is None else model
+    if getattr(model.config, "num_local_experts", None):
+        # The default kernel for groups of tokens wants rows of 16 bytes in memory.
+        model.set_experts_implementation("batched_mm")
     inputs = {name: torch.from_numpy(value) for name, value in feeds.items()}
     past = [inputs.pop(name) for name in list(inputs) if name.startswith("past_key_values.")]
     if kv_cache:

@@ -16,14 +16,12 @@ from collections.abc import Iterable
 import numpy as np
 import onnx_ir as ir
 
-from optimizer import block_parts
 from optimizer import graph as graphs
-from optimizer.nodes import dims
 from optimizer.raising import columns as tracking
 from optimizer.raising.base import Miss, RuleReport, allow, site
 from optimizer.raising.columns import Columns
+from optimizer.raising.narrow import Layer, copy, layer_at
 from optimizer.raising.shapes import Shapes
-from optimizer.structure import Linear
 
 _MAX_CHAIN = 6
 #: How far to look for the place where parts of a layer are joined again.
@@ -38,9 +36,7 @@ def run(model: ir.Model) -> RuleReport:
     shapes = Shapes()
     applied, skipped = 0, []
     for node in list(graph):
-        if node.domain != "" or node.op_type != "MatMul":
-            continue
-        layer = _layer(node)
+        layer = layer_at(node)
         pieces = None if layer is None else _pieces(shapes, layer)
         if layer is None or pieces is None:
             continue
@@ -57,19 +53,7 @@ def run(model: ir.Model) -> RuleReport:
     return RuleReport(applied, tuple(skipped))
 
 
-def _layer(matmul: ir.Node) -> Linear | None:
-    """The linear layer with its bias, if its weight is a plain constant."""
-    output = matmul.outputs[0]
-    add = graphs.only_user(output)
-    found = None
-    if add is not None and add.op_type == "Add":
-        found = block_parts.linear(add.outputs[0])
-    if found is None or found.matmul is not matmul:
-        found = block_parts.linear(output)
-    return found if found is not None and graphs.constant(found.weight) is not None else None
-
-
-def _pieces(shapes: Shapes, layer: Linear) -> list[Columns] | None:
+def _pieces(shapes: Shapes, layer: Layer) -> list[Columns] | None:
     """The parts into which all users together cut the layer's result; None if they do not."""
     shape = shapes.of(layer.output)
     if shape is None or not isinstance(shape[-1], int):
@@ -162,45 +146,18 @@ def _concats(shapes: Shapes, value: ir.Value) -> Iterable[ir.Node]:
                 pending.extend((output, steps + 1) for output in node.outputs)
 
 
-def _rewrite(graph: ir.Graph, layer: Linear, pieces: list[Columns]) -> None:
-    anchor = layer.matmul if layer.add is None else layer.add
+def _rewrite(graph: ir.Graph, layer: Layer, pieces: list[Columns]) -> None:
     for number, piece in enumerate(pieces):
         if not piece.value.uses() and not piece.value.is_graph_output():
             continue
-        new = _narrow(graph, layer, anchor, piece, number)
+        new = _narrow(graph, layer, piece, number)
         graphs.replace_value(piece.value, new, keep_name=True)
 
 
-def _narrow(
-    graph: ir.Graph, layer: Linear, anchor: ir.Node, piece: Columns, number: int
-) -> ir.Value:
+def _narrow(graph: ir.Graph, layer: Layer, piece: Columns, number: int) -> ir.Value:
     """The layer for the columns of one part, in the part's layout."""
-    chosen = piece.index.reshape(-1)
-    rows = (dims(layer.weight) or (0,))[0]
-    weight = graphs.derived(
-        layer.weight, (rows, chosen.size), lambda array: array[:, _selector(chosen)]
-    )
-    name = f"{layer.weight.name}_{number}"
-    inputs = [layer.input, graphs.add_initializer(graph, name, weight)]
-    dtype = layer.output.dtype
-    value = graphs.insert(
-        graph, anchor, "MatMul", inputs, name=f"{layer.output.name}_{number}", dtype=dtype
-    )
-    if layer.bias is not None:
-        bias = graphs.derived(layer.bias, (chosen.size,), lambda array: array[_selector(chosen)])
-        name = f"{layer.bias.name}_{number}"
-        inputs = [value, graphs.add_initializer(graph, name, bias)]
-        value = graphs.insert(
-            graph, anchor, "Add", inputs, name=f"{value.name}_biased", dtype=dtype
-        )
-    return value if piece.in_place else _laid_out(graph, anchor, value, piece)
-
-
-def _selector(chosen: np.ndarray) -> slice | np.ndarray:
-    """A slice where the columns are neighbours: a view then, not a copy."""
-    first, last = int(chosen[0]), int(chosen[-1])
-    whole = np.array_equal(chosen, np.arange(first, last + 1))
-    return slice(first, last + 1) if whole else chosen
+    value = copy(graph, layer, piece.index.reshape(-1), number)
+    return value if piece.in_place else _laid_out(graph, layer.last, value, piece)
 
 
 def _laid_out(graph: ir.Graph, anchor: ir.Node, value: ir.Value, piece: Columns) -> ir.Value:
