@@ -136,6 +136,10 @@ def _assemble(index: int, attention: Attention, branch: parts.Branch, tail: _Tai
     if attention.repeats > 1:
         extras.append("keys and values are repeated before the cache")
     linears = (attention.q, attention.k, attention.v, attention.o, *_linears(tail.mlp))
+    output = special.clamped(tail.output)
+    ends = [output, *((tail.hidden,) if tail.style is Style.PRE_NORM else ())]
+    if any(v is not None and node_of(v, "Clip", "Max", "Min") is not None for v in ends):
+        extras.append("the residual stream is clamped")
     if any(_is_quantized(layer) for layer in linears):
         extras.append("quantized weights")
     if len(attention.node.outputs) > 3 and attention.node.outputs[3].uses():
@@ -145,7 +149,7 @@ def _assemble(index: int, attention: Attention, branch: parts.Branch, tail: _Tai
         style=tail.style,
         input=attention.q.input if tail.style is Style.POST_NORM else tail.attention_norm.input,
         hidden=tail.hidden,
-        output=tail.output,
+        output=output,
         attention_norm=tail.attention_norm,
         mlp_norm=tail.mlp_norm,
         attention=attention,
@@ -194,7 +198,7 @@ def _tail(attention: Attention, branch: parts.Branch, add: ir.Node) -> _Tail | s
 
 def _sequential(before: Norm, add: ir.Node) -> _Tail | str:
     """``h = x + a`` came first: pre-norm, or parallel when the MLP reads x."""
-    hidden, stream = add.outputs[0], before.input
+    hidden, stream = special.clamped(add.outputs[0]), before.input
     cross = _crossed(hidden)
     if cross is not None:
         found = _sequential_mlp(before, add, cross.output, stream)
@@ -239,7 +243,7 @@ def _crossed(hidden: ir.Value) -> CrossAttention | None:
         found = special.crossing_before(other(add, hidden))
         before = None if found is None else norm(found.q.input)
         if found is not None and before is not None and before.input is hidden:
-            return _cross_view(found, before, add, add.outputs[0])
+            return _cross_view(found, before, add, special.clamped(add.outputs[0]))
     return None
 
 

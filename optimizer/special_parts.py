@@ -76,6 +76,30 @@ def _projection(value: ir.Value | None, *, flat: bool) -> Linear | None:
     return None if value is None else parts.linear(value)
 
 
+def clamped(value: ir.Value) -> ir.Value:
+    """``value`` after a clamp that keeps it finite, ``value`` itself without one.
+
+    A layer of a half-precision model may end with one: a Clip, or Max and Min, whose bounds are
+    single numbers, perhaps computed.
+    """
+    for node in users(value, "Clip"):
+        if node.inputs[0] is value and all(map(_is_number, node.inputs[1:])):
+            return node.outputs[0]
+    for first, second in (("Max", "Min"), ("Min", "Max")):
+        for node in users(value, first):
+            last = graphs.only_user(node.outputs[0])
+            if last is None or last.op_type != second or last.domain != "":
+                continue
+            bounds = [v for v in (*node.inputs, *last.inputs) if v not in (value, node.outputs[0])]
+            if len(bounds) == 2 and all(map(_is_number, bounds)):
+                return last.outputs[0]
+    return value
+
+
+def _is_number(value: ir.Value | None) -> bool:
+    return value is not None and value.shape is not None and value.shape.dims in ((), (1,))
+
+
 def is_complete_cache(value: ir.Value | None) -> bool:
     """Keys or values that the model is given as they are, [B, H, T, c]: nothing is appended."""
     cast = node_of(value, "Cast")

@@ -295,6 +295,9 @@ WAYS: dict[str, Callable[[Cell, Path], None]] = {
     "dynamo-18-fp16": functools.partial(_dynamo, opset=18, dtype="float16"),
     "dynamo-bf16": functools.partial(_dynamo, opset=23, dtype="bfloat16"),
     "torchscript-fp16": functools.partial(_torchscript, opset=17, dtype="float16"),
+    "torchscript-eager-fp16": functools.partial(
+        _torchscript, opset=17, dtype="float16", eager=True
+    ),
     "converted-fp16": _after("torchscript-17", _float16),
     "onnxscript": _after("dynamo-raw", _onnxscript),
     "onnxsim": _after("torchscript-17", _onnxsim),

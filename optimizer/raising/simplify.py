@@ -1,7 +1,8 @@
 """Nodes that compute nothing go away, constant operands come second.
 
-Rewrite:      Identity, Dropout at inference, Cast to the type it has, Transpose pairs, x + 0 and
-              x * 1 go away; Sum of two -> Add; CastLike of a known type -> Cast; c + x -> x + c
+Rewrite:      Identity, Dropout at inference, Cast to the type it has, a Cast to a wider type before
+              another, Transpose pairs, x + 0 and x * 1 go away; Sum of two -> Add; CastLike of a
+              known type -> Cast; c + x -> x + c
 Applies when: always, except where it would rename a graph input or output
 Exactness:    bitwise (x + 0 turns -0 into 0)
 """
@@ -16,6 +17,13 @@ from optimizer.raising.base import LocalRule, RuleReport, sweep
 from optimizer.raising.reshapes import bypass
 
 _MAX_SWEEPS = 8
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
+#: The types that hold every number of another: a Cast to them loses nothing.
+_HOLD_ALL: dict[ir.DataType | None, tuple[ir.DataType, ...]] = {
+    ir.DataType.FLOAT16: _FLOATS,
+    ir.DataType.BFLOAT16: _FLOATS,
+    ir.DataType.FLOAT: (ir.DataType.DOUBLE,),
+}
 
 
 def run(model: ir.Model) -> RuleReport:
@@ -42,7 +50,14 @@ def _cast(node: ir.Node) -> bool:
     source = node.inputs[0]
     if source is None or source.dtype is None:
         return False
-    return source.dtype == ir.DataType(node.attributes["to"].as_int()) and bypass(node)
+    if source.dtype == ir.DataType(node.attributes["to"].as_int()):
+        return bypass(node)
+    inner = node_of(source, "Cast")
+    before = None if inner is None else inner.inputs[0]
+    if before is None or source.dtype not in _HOLD_ALL.get(before.dtype, ()):
+        return False
+    node.replace_input_with(0, before)
+    return True
 
 
 def _cast_like(node: ir.Node) -> bool:

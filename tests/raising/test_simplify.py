@@ -15,6 +15,7 @@ GOES = {
     "dropout switched off": "a = Dropout(x, ratio, off)  y = Relu(a)",
     "cast to the same type": "a = Cast<to = 1>(x)  y = Relu(a)",
     "cast like the same type": "a = CastLike(x, one)  y = Relu(a)",
+    "cast to a wider type and back": "a = Cast<to = 11>(x)  b = Cast<to = 1>(a)  y = Relu(b)",
     "transpose pair": "a = Transpose<perm = [2, 0, 1]>(x)  b = Transpose<perm = [1, 2, 0]>(a)"
     "  y = Relu(b)",
     "transpose of nothing": "a = Transpose<perm = [0, 1, 2]>(x)  y = Relu(a)",
@@ -29,6 +30,7 @@ GOES = {
 STAYS = {
     "zero minus x": "y = Sub(zero, x)",
     "one over x": "y = Div(one, x)",
+    "cast to a narrower type and back": "a = Cast<to = 10>(x)  y = Cast<to = 1>(a)",
     "times two": "y = Mul(x, two)",
     "dropout in training": "y = Dropout(x, zero, on)",
     "input straight to output": "y = Identity(x)",
@@ -50,6 +52,16 @@ def test_what_computes_something_stays(nodes):
 def test_a_constant_that_adds_a_dimension_stays():
     case = graph("y = Mul(x, wide)", output="float[1,B,S,4] y", constants=NUMBERS)
     refuses(case, simplify.run, None)
+
+
+def test_a_wider_type_on_the_way_is_left_out():
+    case = graph(
+        "a = Cast<to = 1>(x)  y = Cast<to = 7>(a)",
+        inputs="float16[B,S,4] x", output="int64[B,S,4] y",
+    )  # fmt: skip
+    apply(case, simplify.run)
+    assert ops(case) == {"Cast": 1}
+    assert case.graph[0].inputs[0].name == "x"
 
 
 def test_transposes_in_a_row_become_one():
