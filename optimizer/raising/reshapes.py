@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from optimizer.graph import add_initializer, const, constant, insert, replace_value
 from optimizer.nodes import node_of
+from optimizer.raising import shape_rules
 from optimizer.raising.base import LocalRule, Miss, RuleReport, allow, sweep
 from optimizer.raising.constants import make_initializer
 from optimizer.raising.dims import Shape
@@ -180,7 +181,9 @@ def _expand(node: ir.Node, shapes: Shapes) -> bool:
 
 
 def _slice(node: ir.Node, shapes: Shapes) -> bool:
-    if _unchanged(node, shapes):
+    steps = shape_rules.numbers(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] else [1]
+    backwards = steps is None or any(step < 0 for step in steps)
+    if not backwards and _unchanged(node, shapes):
         return True
     source = shapes.of(node.inputs[0])
     bounds = [shapes.vector(value) for value in node.inputs[1:]]
@@ -188,7 +191,6 @@ def _slice(node: ir.Node, shapes: Shapes) -> bool:
         return False
     starts, ends = bounds[0], bounds[1]
     axes = bounds[2] if len(bounds) > 2 else tuple(range(len(starts)))
-    steps = bounds[3] if len(bounds) > 3 else (1,) * len(starts)
     if axes is None or steps is None or any(step != 1 for step in steps):
         return False
     for start, end, axis in zip(starts, ends, axes, strict=True):
