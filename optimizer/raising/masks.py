@@ -11,6 +11,7 @@ that is padding, has such a row, and no valid token reads it, because padding is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ import onnx_ir as ir
 
 from optimizer import graph as graphs
 from optimizer.nodes import node_of, operand
-from optimizer.raising.dims import Dim
+from optimizer.raising.dims import Dim, Shape
 from optimizer.raising.shapes import Shapes
 
 _DTYPES = {"And": ir.DataType.BOOL, "Not": ir.DataType.BOOL, "Shape": ir.DataType.INT64}
@@ -80,20 +81,36 @@ class Masks:
         self._shapes = shapes
         self._made: dict[object, ir.Value] = {}
 
-    def combine(self, parts: list[Part], anchor: ir.Node) -> ir.Value | str | None:
-        """One mask value of ``parts`` (None without any), or why there is none."""
+    def refusal(self, parts: Sequence[Part], scores: Shape | None) -> str | None:
+        """Why ``combine`` cannot be asked for one mask of ``parts``; nothing is written.
+
+        Args:
+            parts: Of one attention.
+            scores: [B, H, S, T].
+        """
+        if not parts:
+            return None
+        shapes = [self._shapes.of(part.value) for part in parts]
+        whole = self._shapes.broadcast(parts[0].value, shapes)
+        if whole is None or scores is None or len(whole) > 4:
+            return "the rank of the mask is not known"
+        padded = (1,) * (len(scores) - len(whole)) + whole
+        if padded[-1] == 1 != scores[-1]:
+            return "the mask does not span the keys"
+        if any(old == 1 != new for old, new in zip(scores, padded, strict=True)):
+            return "the mask has more rows or heads than the scores"
+        return None
+
+    def combine(self, parts: Sequence[Part], anchor: ir.Node) -> ir.Value | None:
+        """One mask value of ``parts``, for which ``refusal`` found nothing; None without any."""
         bools: list[ir.Value] = []
         floats: list[ir.Value] = []
-        for part in dict.fromkeys(parts):
+        for part in parts:
             condition = self._condition(part, anchor)
             (floats if condition is None else bools).append(
                 part.value if condition is None else condition
             )
-        for value in (*bools, *floats):
-            shape = self._shapes.of(value)
-            if shape is None or len(shape) > 4:
-                return "the rank of the mask is not known"
-        keep = self._chain(bools, "And", anchor)
+        keep = self._chain(list(dict.fromkeys(bools)), "And", anchor)
         added = self._chain(floats, "Add", anchor)
         if keep is None or added is None:
             return keep if added is None else added

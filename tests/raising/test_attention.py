@@ -136,6 +136,14 @@ def test_mask_is(name: str, end: str) -> None:
     assert mask.dtype == dtype
 
 
+def test_a_mask_added_twice_counts_twice() -> None:
+    model = case(
+        HEADS, TURNED, SCORES, "s1 = Add(s, n)  s2 = Add(n, s1)", END, inputs="float[B,1,S,S] n"
+    )
+    apply(model, attention.run)
+    assert_canonical(model)
+
+
 def test_mask_over_keys_only_is_given_the_axis_of_the_queries() -> None:
     nodes = "m = Or(m0, first)  f = Where(m, zero, low)  s2 = Add(s, f)"
     model = case(HEADS, TURNED, SCORES, nodes, END, inputs="bool[B,1,1,S] m0")
@@ -253,6 +261,23 @@ REFUSED = {
     "the keys are not turned": (
         "k2 = Reshape(k, back)  s = MatMul(q, k2)  p = Softmax(s)  o = MatMul(p, w)",
         "not transposed"),
+    "the scale is negative": (
+        f"{TURNED} {SCORES} s2 = Mul(s, minus)  p = Softmax(s2)  o = MatMul(p, w)",
+        "positive factors only"),
+    "the mask is the same for all keys": (
+        f"{TURNED} {SCORES} s2 = Add(s, column)  p = Softmax(s2)  o = MatMul(p, w)",
+        "does not span the keys"),
+    "the mask widens the scores": (
+        "q1 = Slice(q, zero1, one1, one1)  k0 = Slice(k, zero1, one1, one1)  "
+        "k1 = Transpose<perm = [0, 1, 3, 2]>(k0)  w1 = Slice(w, zero1, one1, one1)  "
+        "s = MatMul(q1, k1)  s2 = Add(s, per_head)  "
+        "p = Softmax(s2)  o = MatMul(p, w1)", "more rows or heads than the scores"),
+    "every query reads one batch of keys": (
+        "k1 = Transpose<perm = [0, 1, 3, 2]>(one_batch)  s = MatMul(q, k1)  p = Softmax(s)  "
+        "o = MatMul(p, w)", "different batches"),
+    "one head of queries reads many of keys": (
+        f"{TURNED} q1 = Slice(q, zero1, one1, one1)  s = MatMul(q1, kt)  p = Softmax(s)  "
+        "o = MatMul(p, w)", "1 query, 2 key and 2 value heads"),
 }  # fmt: skip
 
 
@@ -261,8 +286,10 @@ def test_leaves_alone_when(name: str) -> None:
     nodes, reason = REFUSED[name]
     model = graph(
         f"{HEADS} {nodes} {BACK}",
-        inputs=INPUTS + ", float[B,1,S,S] n, bool[B,1,S,S] m", output="float[B,S,8] y",
-        constants=CONSTANTS + ", int64[4] back = {0, 0, 4, -1}",
+        inputs=INPUTS + ", float[B,1,S,S] n, bool[B,1,S,S] m, float[B,1,S,1] column, "
+        "float[1,2,1,S] per_head, float[1,2,S,4] one_batch", output="float[B,S,8] y",
+        constants=CONSTANTS + ", int64[4] back = {0, 0, 4, -1}, float minus = {-0.5}, "
+        "int64[1] zero1 = {0}, int64[1] one1 = {1}",
     )  # fmt: skip
     refuses(model, attention.run, reason)
 
