@@ -25,6 +25,8 @@ _INLINE = tuple(
 )
 
 _FOLDER_ENTRY = "session.model_external_initializers_file_folder_path"
+#: Precision of activations beside weights that only are stored as integers (MatMulNBits).
+_WEIGHT_ONLY_ENTRY, _FLOAT32 = "session.qdq_matmulnbits_accuracy_level", "1"
 
 _DTYPES = {
     "tensor(float)": "float32",
@@ -73,6 +75,7 @@ class OrtRunner:
         extra_outputs: Sequence[ir.Value] = (),
         part: Part | None = None,
         optimize: bool = True,
+        exact: bool = False,
         custom_ops: Sequence[str | Path] = (),
     ) -> None:
         """Create the session.
@@ -83,6 +86,8 @@ class OrtRunner:
             extra_outputs: Values of the main graph to return besides the model's outputs.
             part: Run only this part of the model.
             optimize: Let ONNX Runtime optimize the graph.
+            exact: Compute what the graph says: where only weights are quantized, ONNX Runtime
+                rounds the activations to 8 bits as well, unless told otherwise.
             custom_ops: Libraries of custom operators to register.
 
         Raises:
@@ -93,6 +98,8 @@ class OrtRunner:
         self._passed: tuple[str, ...] = ()
         self._weights: list[Any] = []
         options = session_options(threads=threads, optimize=optimize, custom_ops=custom_ops)
+        if exact:
+            options.add_session_config_entry(_WEIGHT_ONLY_ENTRY, _FLOAT32)
         if isinstance(model, ir.Model):
             source: str | bytes = self._serialize(model, options, extra_outputs, part)
         else:
