@@ -113,6 +113,17 @@ def heads(model: ir.Model) -> RuleReport:
     return RuleReport(applied, report.skipped)
 
 
+def settle(model: ir.Model) -> RuleReport:
+    """Write down what is known of all shapes, and what gets plainer by that."""
+    reports: list[RuleReport] = []
+    for _ in range(_MAX_ROUNDS):
+        value_info.refresh(model)
+        reports.append(clean(model))
+        if not reports[-1].applied:
+            break
+    return RuleReport.total(reports)
+
+
 STEPS: tuple[Step, ...] = (
     Step("inline", inline.run),
     Step("constants", constants.lift),
@@ -132,7 +143,7 @@ STEPS: tuple[Step, ...] = (
     Step("dynamic tanh", dynamic_tanh.run),
     Step("clean", clean),
     Step("heads", heads, opset=23),
-    Step("types", value_info.refresh),
+    Step("types", settle),
 )
 
 
