@@ -122,7 +122,7 @@ def _reshape(node: ir.Node, shapes: Shapes) -> bool:
             replace_value(node.outputs[0], value)
             return True
         target = _target(shapes.of(value), outer)
-        if target is not None:
+        if target is not None and (_infers(node, shapes) or not _ambiguous(target)):
             return _set_target(node, value, target)
     return False
 
@@ -140,6 +140,20 @@ def _target(source: Shape | None, result: Shape) -> list[int] | None:
         else:
             target.append(-1)
     return target if target.count(-1) <= 1 else None
+
+
+def _ambiguous(target: list[int]) -> bool:
+    """Whether a target infers one size beside another that it copies.
+
+    Where the copied size is 0, any other would do, and no runtime chooses one.
+    """
+    return -1 in target and 0 in target
+
+
+def _infers(node: ir.Node, shapes: Shapes) -> bool:
+    """Whether a Reshape asks for an inferred size itself."""
+    target = shapes.vector(node.inputs[1]) if node.op_type == "Reshape" else None
+    return target is not None and -1 in target
 
 
 def _set_target(node: ir.Node, source: ir.Value, target: list[int]) -> bool:
