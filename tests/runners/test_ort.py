@@ -221,3 +221,19 @@ def test_a_junk_file_is_a_model_error(tmp_path):
     path.write_bytes(b"not a model")
     with pytest.raises(ModelError, match=r"junk\.onnx"):
         ort.OrtRunner(path)
+
+
+def test_attention_runs_where_inference_does_not_know_the_width_of_the_values():
+    model = text(
+        "<float[4,2] w = {1, 0, 0, 1, 1, 0, 0, 1}, int64[1] two = {2}> {"
+        " s = Shape<end = 2>(k)  t = Concat<axis = 0>(s, two)  v = Reshape(f, t)"
+        " a = Attention<q_num_heads = 2, kv_num_heads = 1>(q, k, v)"
+        " b = Attention<q_num_heads = 2, kv_num_heads = 1>(a, k, v)  y = MatMul(b, w) }",
+        "(float[B,S,4] q, float[B,S,2] k, float[M] f) => (float[B,S,2] y)",
+        opset=23,
+    )
+    (values,) = (v for node in model.graph for v in node.outputs if v.name == "v")
+    values.type, values.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["B", "S", 2])
+    ones = {"q": (1, 3, 4), "k": (1, 3, 2), "f": (6,)}
+    feed = {name: np.ones(shape, np.float32) for name, shape in ones.items()}
+    assert ort.OrtRunner(model).run(feed)["y"].tolist() == [[[2, 2]] * 3]
