@@ -338,7 +338,7 @@ class TestQuantized:
 
 
 def test_weights_alone_in_int8_are_compared_with_float_activations() -> None:
-    """ONNX Runtime rounds the activations of the MatMul to 8 bits, those of the Gemm it does not."""
+    """Left alone, ONNX Runtime rounds the activations of a MatMul to 8 bits, of a Gemm not."""
     codes = ", ".join(str(n) for n in np.random.default_rng(0).integers(-127, 128, 16))
     before = graph(
         "d = DequantizeLinear<axis = 0>(w, s)  y = Gemm<transB = 1>(x, d, b)",
