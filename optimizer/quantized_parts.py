@@ -266,7 +266,7 @@ def _integer_product(matmul: ir.Node) -> Linear | None:
     if quantize.outputs[1] not in ((factor,) if product is None else operands(product)):
         return None
     value = scaled.outputs[0]
-    last = _vector_added(value)
+    last = _vector_added(value, (dims(weight) or (0,))[-1])
     bias = None if last is None else other(last, value)
     output = value if last is None else last.outputs[0]
     return Linear(matmul, last, operand(quantize), weight, bias, output)
