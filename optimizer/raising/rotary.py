@@ -32,6 +32,8 @@ from optimizer.raising.shapes import Shapes
 from optimizer.raising.tables import Paired, Tables
 
 _END = 2**31 - 1
+#: What the operator takes.
+_TYPES = (None, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def run(model: ir.Model) -> RuleReport:
@@ -147,6 +149,9 @@ def _raise_decomposed(state: _State, node: ir.Node) -> None:
             state.skip(node, "the rotary embedding is not on a 4-D value")
             return
         axis = _heads_axis(state.shapes, cos, sin, shape)
+        if x.dtype not in _TYPES:
+            state.skip(node, f"RotaryEmbedding takes no {x.dtype}")
+            return
         reasons = [state.tables.refusal(t, shape, axis, paired) for t in (cos, sin)]
         reason = next((reason for reason in reasons if reason is not None), None)
         if reason is not None:

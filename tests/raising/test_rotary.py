@@ -229,6 +229,13 @@ def test_refused_tables_leave_nothing_behind() -> None:
     refuses(model, raise_all, "halves are not known to be equal")
 
 
+def test_a_type_that_the_operator_does_not_take_is_left_alone() -> None:
+    text = "double[B,2,S,4] h, double[B,S,2] f"
+    nodes = "  ".join((TABLES, HALVES, SUM))
+    model = graph(nodes, inputs=text, output="double[B,2,S,4] y", constants=CONSTANTS)
+    refuses(model, raise_all, "takes no DOUBLE")
+
+
 def test_a_rotary_embedding_that_stays_4d_is_settled_in_one_run() -> None:
     model = case(
         "ff = Concat<axis = -1>(f, f)  c4 = Unsqueeze(ff, one)  s4 = Unsqueeze(ff, one)",
