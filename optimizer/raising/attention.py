@@ -29,6 +29,7 @@ from optimizer.raising import rotary
 from optimizer.raising import scores as spelled
 from optimizer.raising.base import Miss, RuleReport, attempt, site
 from optimizer.raising.cache import Cache, find_cache, without_repeats
+from optimizer.raising.dims import Shape
 from optimizer.raising.heads import Heads
 from optimizer.raising.masks import Masks
 from optimizer.raising.shapes import Shapes
@@ -162,7 +163,7 @@ def _to_canonical(state: _State, node: ir.Node) -> int | str:
         return _unscale(state, node)
     found = _site(state, node)
     if isinstance(found, str):
-        return found
+        return _fit_mask(state, node, shape) or found
     _rewrite(state, found)
     return 1
 
@@ -195,6 +196,16 @@ def _unscale(state: _State, node: ir.Node) -> int:
     scale = node.attributes.get_float("scale", float(query.size) ** -0.5)
     node.replace_input_with(0, split)
     node.attributes["scale"] = ir.AttrFloat32("scale", scale * factor)
+    return 1
+
+
+def _fit_mask(state: _State, node: ir.Node, shape: Shape) -> int:
+    """Give the mask of an Attention that stays 4-D the axis of its queries."""
+    mask = optional(node, 3)
+    fitted = None if mask is None else state.masks.fitted(mask, operand(node), shape[2], node, 2)
+    if fitted is None or fitted is mask:
+        return 0
+    node.replace_input_with(3, fitted)
     return 1
 
 

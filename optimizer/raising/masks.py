@@ -134,16 +134,19 @@ class Masks:
             result = value if result is None else self._once(op_type, [result, value], anchor)
         return result
 
-    def fitted(self, mask: ir.Value, query: ir.Value, rows: Dim, anchor: ir.Node) -> ir.Value:
+    def fitted(
+        self, mask: ir.Value, query: ir.Value, rows: Dim, anchor: ir.Node, axis: int = 1
+    ) -> ir.Value:
         """The mask with the queries' axis written out, and with rank 2 to 4.
 
         ONNX lets the axis of the queries be 1; ONNX Runtime 1.31 refuses such a mask.
 
         Args:
             mask: Broadcastable to [B, H, S, T].
-            query: [B, S, H*c].
+            query: [B, S, H*c], or with ``axis`` 2 [B, H, S, c].
             rows: S.
             anchor: The first site of the mask.
+            axis: Where S is in ``query``.
         """
         shape = self._shapes.of(mask)
         if shape is None or (len(shape) >= 2 and shape[-2] == rows):
@@ -152,7 +155,7 @@ class Masks:
             return mask  # equal to S for every valid feed, only the proof is missing
         key = "rows", mask, rows
         if key not in self._made:
-            size = self._once("Shape", [query], anchor, start=1, end=2)
+            size = self._once("Shape", [query], anchor, start=axis, end=axis + 1)
             one = graphs.add_initializer(self._graph, "one", np.ones(1, np.int64))
             target = self._once("Concat", [size, one], anchor, axis=0)
             self._made[key] = self._once("Expand", [mask, target], anchor)

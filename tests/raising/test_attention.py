@@ -306,3 +306,15 @@ def test_heads_whose_batch_changes_on_the_way_stay_apart() -> None:
     node = only(model, "Attention")
     assert node.inputs[0] is not model.graph.inputs[0]
     assert node.inputs[0].producer().inputs[0].producer().op_type == "Reshape"
+
+
+def test_mask_of_an_attention_that_stays_4d_is_given_the_axis_of_the_queries() -> None:
+    model = graph(
+        "kt = Transpose<perm = [0, 1, 3, 2]>(k)  s = MatMul(q, kt)  s2 = Add(s, n)  "
+        "p = Softmax<axis = -1>(s2)  y = MatMul(p, w)",
+        inputs="float[B,2,S,4] q, float[B,2,S,4] k, float[B,2,S,4] w, float[B,1,1,S] n",
+        output="float[B,2,S,4] y",
+    )
+    assert apply(model, attention.run).applied == 2
+    assert "does not come from a Transpose" in attention.run(model).skipped[0].reason
+    assert only(model, "Attention").inputs[3].producer().op_type == "Expand"
