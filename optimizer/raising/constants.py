@@ -130,6 +130,8 @@ def _fold(graph: ir.Graph, node: ir.Node, opset: int, shapes: Shapes) -> int:
         arrays = evaluate(node, opset)
         if arrays is None or sum(array.nbytes for array in arrays) > limit:
             return 0
+        if any(array.dtype.kind == "f" and np.isnan(array).any() for array in arrays):
+            return 0  # a model with NaN in its constants would be refused as damaged
         tensors = [ir.Tensor(array) for array in arrays]
     made = [
         make_initializer(graph, output, tensor)

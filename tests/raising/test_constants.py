@@ -95,3 +95,8 @@ def test_a_default_that_a_caller_may_override_is_no_constant():
         value.const_value = ir.tensor(np.ones(4, np.float32), name="c")
         case.graph.register_initializer(value)
     refuses(case, constants.run, None)
+
+
+def test_what_is_not_a_number_is_not_made_a_constant():
+    case = graph("r = Sqrt(c)  y = Mul(x, r)", constants="float c = {-1.0}")
+    refuses(case, constants.run, None)
