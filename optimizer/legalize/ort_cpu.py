@@ -19,7 +19,7 @@ from optimizer.legalize.mask_proof import cuts_tokens, find_roles
 from optimizer.nodes import by_constant
 from optimizer.pass_base import Skip
 from optimizer.raising.base import allow
-from optimizer.raising.dims import Shape
+from optimizer.raising.dims import Dim, Shape
 from optimizer.raising.shapes import Shapes
 
 _MASK = 3
@@ -153,18 +153,20 @@ def widen_masks(model: ir.Model) -> int:
     shapes = Shapes()
     dims = [dim for value in model.graph.inputs for dim in value.shape or ()]
     names = frozenset(str(dim) for dim in dims if not isinstance(dim, int))
-    wide: dict[ir.Value, ir.Value] = {}
+    wide: dict[tuple[ir.Value, Dim | ir.Value], ir.Value] = {}
     for node in [n for n in model.graph if n.op_type == "Attention" and n.domain == ""]:
         mask = node.inputs[_MASK] if len(node.inputs) > _MASK else None
         query = node.inputs[0]
         if mask is None or query is None or _has_query_rows(shapes.of(mask), names):
             continue
-        if mask not in wide:
+        rows = shapes.of(query)
+        key = mask, query if rows is None else rows[-2]
+        if key not in wide:
             if not allow(str(mask.name), "attention mask"):
                 continue
-            wide[mask] = _widen(model.graph, node, mask, query)
+            wide[key] = _widen(model.graph, node, mask, query)
             count += 1
-        node.replace_input_with(_MASK, wide[mask])
+        node.replace_input_with(_MASK, wide[key])
     return count
 
 
