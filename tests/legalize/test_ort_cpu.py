@@ -146,6 +146,7 @@ def test_a_mask_that_depends_on_control_flow_is_left_as_it_is():
         "  m = Unsqueeze(m3, one)"
         "  y = Attention<q_num_heads = 2, kv_num_heads = 2>(h, h, h, m)",
         inputs="float[B,S,4] x, int64[B,S] attention_mask",
-        constants="bool p = {1}, int64[1] one = {1}, int64[1] zeros = {0}, int64 zero = {0}, int64 step = {1}",
+        constants="bool p = {1}, int64[1] one = {1}, int64[1] zeros = {0}, int64 zero = {0}, "
+        "int64 step = {1}",
     )
     assert "causal attention" not in legalize(model, "ort-cpu").details["rewrites"]
