@@ -113,17 +113,6 @@ def heads(model: ir.Model) -> RuleReport:
     return RuleReport(applied, report.skipped)
 
 
-def settle(model: ir.Model) -> RuleReport:
-    """Write down what is known of all shapes, and what gets plainer by that."""
-    reports: list[RuleReport] = []
-    for _ in range(_MAX_ROUNDS):
-        value_info.refresh(model)
-        reports.append(clean(model))
-        if not reports[-1].applied:
-            break
-    return RuleReport.total(reports)
-
-
 STEPS: tuple[Step, ...] = (
     Step("inline", inline.run),
     Step("constants", constants.lift),
@@ -143,7 +132,7 @@ STEPS: tuple[Step, ...] = (
     Step("dynamic tanh", dynamic_tanh.run),
     Step("clean", clean),
     Step("heads", heads, opset=23),
-    Step("types", settle),
+    Step("types", value_info.refresh),
 )
 
 
@@ -159,20 +148,24 @@ class Canonicalize(GraphPass[CanonicalizeOptions]):
     Options = CanonicalizeOptions
 
     def call(self, model: ir.Model, context: Context) -> Report:
-        """Run ``STEPS`` in order."""
+        """Run ``STEPS`` in order, again until the types found at the end show nothing more."""
         with gate.using(context.gate):
             return self._run(model)
 
     def _run(self, model: ir.Model) -> Report:
         counts: Counter[str] = Counter()
         skipped: dict[str, tuple[Miss, ...]] = {}
-        for step in STEPS:
-            if opset_of(model) < step.opset:
-                continue
-            with gate.labelled(step.name):
-                report = step.run(model)
-            counts[step.name] += report.applied
-            skipped[step.name] = report.skipped  # what the last run of the step still left alone
+        for _ in range(_MAX_ROUNDS):
+            before = counts.total()
+            for step in STEPS:
+                if opset_of(model) < step.opset:
+                    continue
+                with gate.labelled(step.name):
+                    report = step.run(model)
+                counts[step.name] += report.applied
+                skipped[step.name] = report.skipped  # what the last run still left alone
+            if counts.total() == before:
+                break
         applied = counts.total()
         return Report(
             modified=applied > 0,
