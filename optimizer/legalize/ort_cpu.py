@@ -23,6 +23,8 @@ from optimizer.raising.dims import Dim, Shape
 from optimizer.raising.shapes import Shapes
 
 _MASK = 3
+#: Changes of layout that ONNX Runtime moves a quantizer across.
+_MOVED = frozenset({"Flatten", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
 #: Scores further below the largest of their row than this are raised to it. exp(-60) = 9e-27: all
 #: cut-off keys together stay below the rounding of float32 (6e-8) up to 1e18 of them, and the
 #: probability stays a normal number (1.2e-38).
@@ -167,6 +169,29 @@ def widen_masks(model: ir.Model) -> int:
             wide[key] = _widen(model.graph, node, mask, query)
             count += 1
         node.replace_input_with(_MASK, wide[key])
+    return count
+
+
+def drop_zero_points(model: ir.Model) -> int:
+    """Leave out zero points of 0 where ONNX Runtime would move a pair across a change of layout.
+
+    From opset 21 on it gives the moved quantizer a zero point of another type, and then refuses the
+    model it made (1.32). Without one there is nothing to mistake.
+    """
+    count = 0
+    for node in model.graph:
+        if node.op_type != "DequantizeLinear" or node.domain != "" or len(node.inputs) < 3:
+            continue
+        zero = node.inputs[2]
+        moved = any(use.node.op_type in _MOVED for use in node.outputs[0].uses())
+        if zero is None or zero.dtype != ir.DataType.INT8 or not moved:
+            continue
+        numbers = graphs.const(zero)
+        if numbers is not None and not numbers.any() and allow(node, "zero point"):
+            node.resize_inputs(2)
+            count += 1
+    if count:
+        graphs.remove_dead(model)
     return count
 
 

@@ -25,6 +25,8 @@ _INLINE = tuple(
 )
 
 _FOLDER_ENTRY = "session.model_external_initializers_file_folder_path"
+#: Optimizations that move roundings; the first also fails on int8 zero points from opset 21 on.
+_LIBERTIES = ("QDQPropagationTransformer", "DoubleQDQPairsRemover")
 #: Precision of activations beside weights that only are stored as integers (MatMulNBits).
 _WEIGHT_ONLY_ENTRY, _FLOAT32 = "session.qdq_matmulnbits_accuracy_level", "1"
 
@@ -106,7 +108,7 @@ class OrtRunner:
             source = str(model)
         where = f"model '{model}'" if isinstance(source, str) else "model"
         try:
-            self._session = _session(source, options)
+            self._session = _session(source, options, _LIBERTIES if exact else ())
         except Exception as error:
             raise translate_error(error, where) from error
         self.inputs = tuple(_input_spec(value) for value in self._session.get_inputs())
@@ -179,19 +181,22 @@ class OrtRunner:
         return result
 
 
-def _session(source: str | bytes, options: Any) -> Any:
+def _session(source: str | bytes, options: Any, disabled: Sequence[str]) -> Any:
     ort = import_onnxruntime()
+
+    def create(*names: str) -> Any:
+        return ort.InferenceSession(
+            source, options, providers=["CPUExecutionProvider"], disabled_optimizers=names or None
+        )
+
     try:
-        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return create(*disabled)
     except Exception as error:
         if _MOVED_PAIR not in str(error):
             raise
     # Two of its rewrites contradict each other from opset 21 on: one moves int8 Q/DQ pairs past a
     # Reshape and notes their type, the other makes them uint8 and leaves the note.
-    return ort.InferenceSession(
-        source, options, providers=["CPUExecutionProvider"],
-        disabled_optimizers=["QDQPropagationTransformer"],
-    )  # fmt: skip
+    return create("QDQPropagationTransformer", *disabled)
 
 
 #: What ONNX Runtime (1.31, 1.32) says then.
