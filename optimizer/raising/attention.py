@@ -127,7 +127,7 @@ def _spread(state: _State, sides: Sequence[spelled.Side]) -> str | None:
     if 1 in batches and len(set(batches)) > 1:
         return "queries, keys and values have different batches"
     query, keys, values = (shape[1] for shape in ordered)
-    if keys != values or (query == 1 != keys):
+    if keys != values or keys not in (1, query):
         return f"{query} query, {keys} key and {values} value heads"
     return None
 

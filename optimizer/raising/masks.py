@@ -70,6 +70,14 @@ def _chosen(value: ir.Value) -> tuple[ir.Value, bool] | None:
     return None
 
 
+def _may_widen(size: Dim, mask: Dim) -> bool:
+    """Whether a mask of this length could broadcast scores of this one, for some feed.
+
+    Two different names are taken for the same length, of which only the proof is missing.
+    """
+    return mask not in (1, size) and (size == 1 or isinstance(mask, int))
+
+
 class Masks:
     """Combines mask parts, each combination only once per graph.
 
@@ -97,8 +105,8 @@ class Masks:
         padded = (1,) * (len(scores) - len(whole)) + whole
         if padded[-1] == 1 != scores[-1]:
             return "the mask does not span the keys"
-        if any(old == 1 != new for old, new in zip(scores, padded, strict=True)):
-            return "the mask has more rows or heads than the scores"
+        if any(map(_may_widen, scores, padded)):
+            return "the mask may have more rows or heads than the scores"
         return None
 
     def combine(self, parts: Sequence[Part], anchor: ir.Node) -> ir.Value | None:

@@ -33,8 +33,10 @@ GUARDED = (
 
 
 def case(*parts: str, inputs: str = "", output: str = "float[B,S,8] y") -> ir.Model:
-    more = f", {inputs}" if inputs else ""
-    return graph("  ".join(parts), inputs=INPUTS + more, output=output, constants=CONSTANTS)
+    nodes, every = "  ".join(parts), f"{INPUTS}, {inputs}" if inputs else INPUTS
+    if "diagonal" in nodes or "first" in nodes:  # constants for a sequence of this length
+        every, output = (text.replace("S", "3") for text in (every, output))
+    return graph(nodes, inputs=every, output=output, constants=CONSTANTS)
 
 
 def assert_canonical(model: ir.Model, scale: float = 1.0, softcap: float = 0.0) -> ir.Node:
@@ -272,6 +274,9 @@ REFUSED = {
         "k1 = Transpose<perm = [0, 1, 3, 2]>(k0)  w1 = Slice(w, zero1, one1, one1)  "
         "s = MatMul(q1, k1)  s2 = Add(s, per_head)  "
         "p = Softmax(s2)  o = MatMul(p, w1)", "more rows or heads than the scores"),
+    "the mask is for three queries, whatever their number": (
+        f"{TURNED} {SCORES} s2 = Add(s, three)  p = Softmax(s2)  o = MatMul(p, w)",
+        "more rows or heads than the scores"),
     "every query reads one batch of keys": (
         "k1 = Transpose<perm = [0, 1, 3, 2]>(one_batch)  s = MatMul(q, k1)  p = Softmax(s)  "
         "o = MatMul(p, w)", "different batches"),
@@ -287,7 +292,8 @@ def test_leaves_alone_when(name: str) -> None:
     model = graph(
         f"{HEADS} {nodes} {BACK}",
         inputs=INPUTS + ", float[B,1,S,S] n, bool[B,1,S,S] m, float[B,1,S,1] column, "
-        "float[1,2,1,S] per_head, float[1,2,S,4] one_batch", output="float[B,S,8] y",
+        "float[1,2,1,S] per_head, float[1,1,3,S] three, float[1,2,S,4] one_batch",
+        output="float[B,S,8] y",
         constants=CONSTANTS + ", int64[4] back = {0, 0, 4, -1}, float minus = {-0.5}, "
         "int64[1] zero1 = {0}, int64[1] one1 = {1}",
     )  # fmt: skip
