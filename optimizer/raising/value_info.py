@@ -7,6 +7,7 @@ import logging
 import onnx
 import onnx_ir as ir
 
+from optimizer.nodes import node_of
 from optimizer.raising.base import RuleReport
 from optimizer.raising.dims import Dim, Shape
 from optimizer.raising.shapes import Shapes
@@ -14,6 +15,17 @@ from optimizer.raising.shapes import Shapes
 _LOGGER = logging.getLogger(__name__)
 #: Constants up to this many bytes may be shapes, which inference must see.
 _SHAPE_BYTES = 1024
+#: A graph with a longer vector than this is not asked for the numbers in any.
+_LONGEST_VECTOR = 1 << 16
+_INTEGERS = (ir.DataType.INT32.value, ir.DataType.INT64.value)
+_WIDE_FLOATS = (ir.DataType.FLOAT.value, ir.DataType.DOUBLE.value)
+#: Operators that ONNX follows numbers through.
+_FOLLOWED = frozenset(
+    {
+        "Add", "Cast", "Concat", "Constant", "Div", "Gather", "Identity", "Mul", "Reshape",
+        "Shape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze",
+    }
+)  # fmt: skip
 
 
 def fill(model: ir.Model) -> RuleReport:
@@ -33,7 +45,7 @@ def fill(model: ir.Model) -> RuleReport:
             known = inferred.get(value.name or "")
             if known is not None:
                 value.type = value.type or known.type
-                value.shape = value.shape or _unnamed(known.shape)
+                value.shape = value.shape or _numbers(known.shape)
     return RuleReport()
 
 
@@ -98,12 +110,48 @@ def _text(dim: Dim) -> str:
     return text
 
 
-def _unnamed(shape: ir.Shape | None) -> ir.Shape | None:
-    """Without the names that shape inference makes up."""
-    if shape is None:
-        return None
-    named = [d if isinstance(d, int) else d.value for d in shape]
-    return ir.Shape([None if str(d).startswith("unk__") else d for d in named])
+def _numbers(shape: ir.Shape | None) -> ir.Shape | None:
+    """Without names: those that inference makes up say nothing, those it follows may be wrong.
+
+    It follows them through Slice with a negative step, and through casts to bool (onnx 1.23); what
+    is proven is written by ``refresh``.
+    """
+    return None if shape is None else ir.Shape([d if isinstance(d, int) else None for d in shape])
+
+
+def _is_tame(model: ir.Model) -> bool:
+    """Whether ONNX can be asked for the numbers in vectors (onnx 1.23).
+
+    It follows those of every constant through Concat, however many they become, and through casts
+    to types that do not hold them.
+    """
+    lengths: dict[ir.Value, int] = {}
+    for node in model.graph:
+        if node.op_type not in _FOLLOWED:
+            continue
+        sizes = [lengths.get(v, 0) or _held(v) for v in node.inputs if v is not None]
+        length = sum(sizes) if node.op_type == "Concat" else max(sizes, default=0)
+        if length > _LONGEST_VECTOR or _is_cast_back(node):
+            return False
+        lengths.update(dict.fromkeys(node.outputs, length))
+    return True
+
+
+def _is_cast_back(node: ir.Node) -> bool:
+    """Whether a Cast makes integers of another's result that may not be what they were."""
+    before = node_of(node.inputs[0], "Cast") if node.op_type == "Cast" and node.inputs else None
+    if before is None or node.attributes.get_int("to", 0) not in _INTEGERS:
+        return False
+    return before.attributes.get_int("to", 0) not in (*_INTEGERS, *_WIDE_FLOATS)
+
+
+def _held(value: ir.Value) -> int:
+    """Numbers in a constant, or in a vector of known length."""
+    if value.const_value is not None:
+        return int(value.const_value.size)
+    shape = value.shape
+    whole = shape is not None and len(shape) == 1 and shape.is_static()
+    return int(shape.numpy()[0]) if shape is not None and whole else 0
 
 
 def _inferred(model: ir.Model) -> dict[str, ir.Value]:
@@ -120,7 +168,7 @@ def _inferred(model: ir.Model) -> dict[str, ir.Value]:
             value.const_value = None
             bare.graph.inputs.append(value)
     try:
-        proto = onnx.shape_inference.infer_shapes(ir.to_proto(bare), data_prop=True)
+        proto = onnx.shape_inference.infer_shapes(ir.to_proto(bare), data_prop=_is_tame(bare))
     except Exception as error:  # inference is a help; a graph may be beyond it
         _LOGGER.debug("shape inference failed: %s", error)
         return {}
