@@ -281,6 +281,9 @@ def inherit_name(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
     """Let a constant made from another have its name, if nobody needs the other any more."""
     if old.name is None or not new.is_initializer() or new.is_graph_output():
         return
+    producer = old.producer()
+    if producer is not None and producer.graph is not None:  # a Constant that is an output
+        return
     fixed = old.uses() or old.is_graph_output() or old.is_graph_input()
     if graph.initializers.get(old.name) is old and not fixed:
         del graph.initializers[old.name]
