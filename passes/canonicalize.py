@@ -148,14 +148,14 @@ class Canonicalize(GraphPass[CanonicalizeOptions]):
     Options = CanonicalizeOptions
 
     def call(self, model: ir.Model, context: Context) -> Report:
-        """Run ``STEPS`` in order, again until the types found at the end show nothing more."""
+        """Run ``STEPS`` in order, and again until the types found at the end show nothing more."""
         with gate.using(context.gate):
             return self._run(model)
 
     def _run(self, model: ir.Model) -> Report:
         counts: Counter[str] = Counter()
         skipped: dict[str, tuple[Miss, ...]] = {}
-        for _ in range(_MAX_ROUNDS):
+        for number in range(_MAX_ROUNDS):
             before = counts.total()
             for step in STEPS:
                 if opset_of(model) < step.opset:
@@ -164,7 +164,7 @@ class Canonicalize(GraphPass[CanonicalizeOptions]):
                     report = step.run(model)
                 counts[step.name] += report.applied
                 skipped[step.name] = report.skipped  # what the last run still left alone
-            if counts.total() == before:
+            if number and counts.total() == before:
                 break
         applied = counts.total()
         return Report(
