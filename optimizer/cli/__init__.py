@@ -24,6 +24,7 @@ from optimizer.errors import (
     EXIT_INTERRUPTED,
     EXIT_USAGE,
     OptimizerError,
+    printable,
 )
 
 __all__ = ["cli", "main"]
@@ -169,7 +170,7 @@ def run_command(args: list[str]) -> int:
 
 
 def _complain(text: str) -> None:
-    lines = [line for line in text.strip().splitlines() if line.strip()]
+    lines = [printable(line) for line in text.strip().split("\n") if line.strip()]
     click.echo("optimize: " + "\n".join(lines[:4]), err=True)
 
 
