@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from optimizer import onnx_wire
 from optimizer.errors import ExportError, OptionError
+from optimizer.model_tensors import held_tensors, in_memory
 from optimizer.onnx_wire import Progress
 
 ExternalData: TypeAlias = Literal["auto", "always", "never"]
@@ -174,36 +175,18 @@ def _small_in_memory(model: ir.Model, streamed: Container[ir.Value]) -> Iterator
 
     Nothing written may refer to the input's files.
     """
-    initializers = [
-        (value, value.const_value)
-        for graph in (model.graph, *model.graph.subgraphs())
-        for value in graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor) and value not in streamed
-    ]
-    attributes = [
-        (node, attribute)
-        for node in model.graph.all_nodes()
-        for attribute in node.attributes.values()
-        if isinstance(attribute.value, ir.ExternalTensor)
+    external = [
+        held
+        for held in held_tensors(model)
+        if isinstance(held.tensor, ir.ExternalTensor) and held.initializer not in streamed
     ]
     try:
-        for value, tensor in initializers:
-            value.const_value = _in_memory(tensor)
-        for node, attribute in attributes:
-            held = _in_memory(attribute.as_tensor())
-            node.attributes[attribute.name] = ir.AttrTensor(attribute.name, held)
+        for held in external:
+            held.replace(in_memory(held.tensor))
         yield
     finally:
-        for value, tensor in initializers:
-            value.const_value = tensor
-        for node, attribute in attributes:
-            node.attributes[attribute.name] = attribute
-
-
-def _in_memory(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    return ir.Tensor(
-        tensor.numpy(), dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name
-    )
+        for held in external:
+            held.replace(held.tensor)
 
 
 def _write_external(

@@ -151,6 +151,8 @@ def _unsqueeze(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
         return None
     rank = len(source) + len(axes)
     added = {axis % rank for axis in axes}
+    if len(added) != len(axes):
+        return None
     rest = iter(source)
     return tuple(1 if axis in added else next(rest) for axis in range(rank))
 
