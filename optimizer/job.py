@@ -17,7 +17,7 @@ from optimizer import frontends
 from optimizer.benchmark import BenchmarkResult, Setup, benchmark
 from optimizer.calibration import Calibration, input_specs
 from optimizer.errors import BudgetError, OptionError
-from optimizer.export.onnx_file import write_result, write_text
+from optimizer.export.onnx_file import manifest_path, write_result, write_text
 from optimizer.feeds import Sizes
 from optimizer.generation import self_samples
 from optimizer.listener import Listener, Silent
@@ -107,7 +107,12 @@ class Job:
             output = self._output(path)
             hashes = BackgroundHashes(protected if output is not None else ())
             if output is not None:
-                check_output(output, force=self.request.force, protected=protected)
+                check_output(
+                    output,
+                    force=self.request.force,
+                    protected=protected,
+                    beside=(manifest_path(output),),
+                )
             data = self.load_data(source)
             run = Run(
                 source,
@@ -196,7 +201,8 @@ class Job:
             require_data(self.recipe, measured=self.request.evaluation is not None)
         output = self.request.output
         if output is not None and not self.request.dry_run:
-            check_output(output, force=self.request.force)
+            beside = (manifest_path(output),)
+            check_output(output, force=self.request.force, beside=beside)
         target = self.request.save_recipe
         if target is not None and target.exists() and not self.request.force:
             msg = f"--save-recipe: {target} exists; choose another name, or replace it with --force"

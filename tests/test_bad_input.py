@@ -209,6 +209,9 @@ def test_an_output_that_exists(refused: Callable[..., Outcome], small: Path) -> 
     refused(2, small, "-o", other, says=("--force",))
     small.with_name("small.opt.onnx").write_text("precious")
     refused(2, small, says=("--force",))
+    small.with_name("small.opt.onnx").unlink()
+    small.with_name("small.opt.onnx.manifest.json").symlink_to("nowhere")
+    refused(2, small, says=("manifest.json exists", "--force"))
     refused(2, small, "-o", small.parent / "none" / "m.onnx", says=("does not exist",))
 
 
@@ -226,10 +229,14 @@ def test_a_full_disk(
 def test_a_disk_that_fills_up_while_the_manifest_is_written(
     refused: Callable[..., Outcome], small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    open_ = Path.open
 
-    monkeypatch.setattr(Path, "write_text", full)
+    def full(path: Path, *words: Any, **options: Any) -> Any:
+        if "manifest" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return open_(path, *words, **options)
+
+    monkeypatch.setattr(Path, "open", full)
     refused(1, small, says=("manifest.json", "No space left on device"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -530,3 +531,37 @@ def test_hashes_are_sha256(tmp_path: Path) -> None:
 )
 def test_sizes_are_readable(count: int, text: str) -> None:
     assert model_writer.size_text(count) == text
+
+
+def test_a_file_that_stands_where_ours_is_made_is_neither_followed_nor_removed(
+    tmp_path: Path,
+) -> None:
+    """Who may write to the folder could have put a link there."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    planted = tmp_path / f".m.onnx.{os.getpid()}.tmp"
+    planted.symlink_to(victim)
+    with pytest.raises(ExportError, match="File exists"):
+        save_model(models.build(), tmp_path / "m.onnx")
+    assert planted.is_symlink()
+    assert victim.read_text() == "precious"
+    assert not (tmp_path / "m.onnx").exists()
+
+
+def test_a_link_in_the_place_of_an_output_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "m.onnx"
+    victim.write_text("precious")
+    path.symlink_to(victim)
+    with pytest.raises(OptionError, match="--force"):
+        save_model(models.build(), path)
+    save_model(models.build(), path, force=True)
+    assert not path.is_symlink()
+    assert victim.read_text() == "precious"
+
+
+def test_external_data_that_exists_is_only_replaced_with_force(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx.data").write_text("precious")
+    with pytest.raises(OptionError, match=r"m\.onnx\.data exists"):
+        save_model(models.build(), tmp_path / "m.onnx", "always")
+    save_model(models.build(), tmp_path / "m.onnx")  # needs no such file
+    assert (tmp_path / "m.onnx.data").read_text() == "precious"

@@ -145,7 +145,7 @@ def run_command(args: list[str]) -> int:
     except OptimizerError as error:
         if verbose and error.__cause__ is not None:
             _trace(error)
-        _complain(str(error))
+        _complain("\n".join((str(error), *getattr(error, "__notes__", ()))))
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         _complain("interrupted; nothing was written")
