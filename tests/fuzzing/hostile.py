@@ -86,7 +86,7 @@ def _beside() -> dict[str, bytes | Special]:
         "fifo": Special("fifo"),
         "folder": Special("folder"),
         "sub": Special("folder"),
-        "huge.bin": Special("sparse", size=1 << 32),
+        "huge.bin": Special("sparse", size=1 << 26),
     }
 
 
