@@ -24,6 +24,7 @@ from optimizer.cli import run_command
 from optimizer.errors import ModelError, OptimizerError, UnsupportedError
 from optimizer.model_io import external_files, load_model, save_model
 from optimizer.model_tensors import held_tensors
+from optimizer.pass_base import Context
 from optimizer.runners.ort import OrtRunner
 from passes.canonicalize import Canonicalize
 
@@ -119,7 +120,7 @@ def test_data_of_the_folder_is_read_wherever_the_tensor_stands(
     """And from the folder of the model, not from the working directory, which has one too."""
     model = load_model(place(external("data.bin", where)))
     assert OrtRunner(model).run({"x": X})["y"].tolist() == (2 * X).tolist()
-    Canonicalize().call(model, Any)  # type: ignore[arg-type]
+    Canonicalize().call(model, Context())
     (path,) = save_model(model, tmp_path / "out.onnx")
     assert not external_files(load_model(path))
     assert OrtRunner(path).run({"x": X})["y"].tolist() == (2 * X).tolist()
@@ -291,7 +292,7 @@ def test_branches_deeper_than_protobuf_reads_are_refused(tmp_path: Path) -> None
     (tmp_path / "m.onnx").write_bytes(hostile._deep(60))
     refusal(tmp_path / "m.onnx")
     (tmp_path / "m.onnx").write_bytes(hostile._deep(10))
-    Canonicalize().call(load_model(tmp_path / "m.onnx"), Any)  # type: ignore[arg-type]
+    Canonicalize().call(load_model(tmp_path / "m.onnx"), Context())
 
 
 def test_nodes_in_any_order_are_sorted(tmp_path: Path) -> None:

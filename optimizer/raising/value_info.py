@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-
-import onnx
 import onnx_ir as ir
 
-from optimizer.nodes import node_of
-from optimizer.raising.base import RuleReport
+from optimizer.raising import inference
+from optimizer.raising.base import Miss, RuleReport
 from optimizer.raising.dims import Dim, Shape
 from optimizer.raising.shapes import Shapes
-
-_LOGGER = logging.getLogger(__name__)
-#: Constants up to this many bytes may be shapes, which inference must see.
-_SHAPE_BYTES = 1024
-#: A graph with a longer vector than this is not asked for the numbers in any.
-_LONGEST_VECTOR = 1 << 16
-_INTEGERS = (ir.DataType.INT32.value, ir.DataType.INT64.value)
-_WIDE_FLOATS = (ir.DataType.FLOAT.value, ir.DataType.DOUBLE.value)
-#: Operators that ONNX follows numbers through.
-_FOLLOWED = frozenset(
-    {
-        "Add", "Cast", "Concat", "Constant", "Div", "Gather", "Identity", "Mul", "Reshape",
-        "Shape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze",
-    }
-)  # fmt: skip
 
 
 def fill(model: ir.Model) -> RuleReport:
     """Infer types and shapes of values that have none.
 
-    What the model declares is kept. Weights are not read.
+    What the model declares is kept. Weights are not read. A miss names the node at which inference
+    failed: what needs types behind it is left alone.
     """
     missing = [
         value
@@ -39,14 +22,15 @@ def fill(model: ir.Model) -> RuleReport:
         for value in node.outputs
         if value.name and (value.dtype is None or value.shape is None)
     ]
-    if missing:
-        inferred = _inferred(model)
-        for value in missing:
-            known = inferred.get(value.name or "")
-            if known is not None:
-                value.type = value.type or known.type
-                value.shape = value.shape or _numbers(known.shape)
-    return RuleReport()
+    if not missing:
+        return RuleReport()
+    inferred, problem = inference.infer(model)
+    for value in missing:
+        known = inferred.get(value.name or "")
+        if known is not None:
+            value.type = value.type or known.type
+            value.shape = value.shape or _numbers(known.shape)
+    return RuleReport(0, () if problem is None else (Miss(*problem),))
 
 
 def refresh(model: ir.Model) -> RuleReport:
@@ -117,62 +101,3 @@ def _numbers(shape: ir.Shape | None) -> ir.Shape | None:
     is proven is written by ``refresh``.
     """
     return None if shape is None else ir.Shape([d if isinstance(d, int) else None for d in shape])
-
-
-def _is_tame(model: ir.Model) -> bool:
-    """Whether ONNX can be asked for the numbers in vectors (onnx 1.23).
-
-    It follows those of every constant through Concat, however many they become, and through casts
-    to types that do not hold them.
-    """
-    lengths: dict[ir.Value, int] = {}
-    for node in model.graph:
-        if node.op_type not in _FOLLOWED:
-            continue
-        sizes = [lengths.get(v, 0) or _held(v) for v in node.inputs if v is not None]
-        length = sum(sizes) if node.op_type == "Concat" else max(sizes, default=0)
-        if length > _LONGEST_VECTOR or _is_cast_back(node):
-            return False
-        lengths.update(dict.fromkeys(node.outputs, length))
-    return True
-
-
-def _is_cast_back(node: ir.Node) -> bool:
-    """Whether a Cast makes integers of another's result that may not be what they were."""
-    before = node_of(node.inputs[0], "Cast") if node.op_type == "Cast" and node.inputs else None
-    if before is None or node.attributes.get_int("to", 0) not in _INTEGERS:
-        return False
-    return before.attributes.get_int("to", 0) not in (*_INTEGERS, *_WIDE_FLOATS)
-
-
-def _held(value: ir.Value) -> int:
-    """Numbers in a constant, or in a vector of known length."""
-    if value.const_value is not None:
-        return int(value.const_value.size)
-    shape = value.shape
-    whole = shape is not None and len(shape) == 1 and shape.is_static()
-    return int(shape.numpy()[0]) if shape is not None and whole else 0
-
-
-def _inferred(model: ir.Model) -> dict[str, ir.Value]:
-    """Values of the main graph as ONNX's shape inference sees them."""
-    bare = model.clone()
-    for node in bare.graph.all_nodes():
-        for output in node.outputs:
-            if output.dtype is None:  # half a declaration cannot be written
-                output.shape = None
-    for name, value in list(bare.graph.initializers.items()):
-        tensor = value.const_value
-        if tensor is not None and tensor.nbytes > _SHAPE_BYTES:
-            del bare.graph.initializers[name]
-            value.const_value = None
-            bare.graph.inputs.append(value)
-    try:
-        proto = onnx.shape_inference.infer_shapes(ir.to_proto(bare), data_prop=_is_tame(bare))
-    except Exception as error:  # inference is a help; a graph may be beyond it
-        _LOGGER.debug("shape inference failed: %s", error)
-        return {}
-    values = {}
-    for info in proto.graph.value_info:
-        values[info.name] = ir.serde.deserialize_value_info_proto(info, None)
-    return values
