@@ -29,6 +29,20 @@ _IR_VERSION = 10
 
 #: Operators whose meaning changed although their signature did not break, and since when.
 _CHANGED: dict[str, int] = {"GroupNormalization": 21, "Resize": 11, "RoiAlign": 16, "Scan": 9}
+#: Operators of which ONNX Runtime 1.32 has no kernel since opset 22, with any type.
+_LEFT_BEHIND = frozenset(
+    {
+        "Bernoulli", "GlobalLpPool", "MaxRoiPool", "Multinomial", "RandomNormal",
+        "RandomNormalLike", "RandomUniform", "RandomUniformLike", "RoiAlign",
+    }
+)  # fmt: skip
+#: Operators that ONNX Runtime writes out in float64, where it has no kernel, up to opset 18 only.
+_FUNCTIONS = frozenset(
+    {
+        "Elu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish", "PRelu", "Selu", "Softplus",
+        "Softsign", "ThresholdedRelu",
+    }
+)  # fmt: skip
 #: Pooling with ceil_mode counts its windows differently from here on.
 _CEIL_FIXED: dict[str, int] = {"AveragePool": 19, "LpPool": 22, "MaxPool": 22}
 
@@ -77,6 +91,8 @@ def _problem(node: ir.Node, version: int, shapes: Shapes) -> str | None:
         return None  # no standard operator, or one that did not change
     if new is None or new.deprecated:
         return f"{name} does not exist in opset {CANONICAL}"
+    if name in _LEFT_BEHIND or (name in _FUNCTIONS and _is_double(node)):
+        return f"ONNX Runtime has no {name} of opset {CANONICAL} for these types"
     if old.since_version < _CHANGED.get(name, 0):
         return f"{name} means something else since opset {_CHANGED[name]}"
     if old.since_version < _CEIL_FIXED.get(name, 0) and node.attributes.get_int("ceil_mode", 0):
@@ -86,6 +102,10 @@ def _problem(node: ir.Node, version: int, shapes: Shapes) -> str | None:
     if name in _ADAPTERS or _extends(old, new):
         return None
     return f"{name} changed between opset {version} and {CANONICAL}"
+
+
+def _is_double(node: ir.Node) -> bool:
+    return any(v is not None and v.dtype == ir.DataType.DOUBLE for v in node.inputs)
 
 
 def _extends(old: OpSchema, new: OpSchema) -> bool:

@@ -138,3 +138,27 @@ def test_every_operator_that_changed_is_adapted_refused_or_extends_its_older_sel
                 unknown.append((name, old.since_version))
     # These are refused by their signature; a model with one of them keeps its opset.
     assert unknown == [("DFT", 17), ("Upsample", 7)]
+
+
+@pytest.mark.parametrize("op_type", sorted(opset._LEFT_BEHIND))
+def test_an_operator_without_a_newer_kernel_keeps_the_model_at_its_opset(op_type):
+    old, new = (onnx.defs.get_schema(op_type, version, "") for version in (21, 23))
+    assert old.since_version < 22 <= new.since_version
+
+
+def test_activations_that_only_run_in_float64_while_they_are_functions_stay():
+    case = graph("y = Softsign(x)", inputs="double[B,4] x", output="double[B,4] y", opset=18)
+    assert "no Softsign of opset 23" in opset.run(case).skipped[0].reason
+    assert OrtRunner(case).run({"x": np.ones((1, 4))})["y"].tolist() == [[0.5] * 4]
+
+
+def test_a_region_of_interest_stays_where_the_runtime_has_a_kernel():
+    nodes = "y = RoiAlign<output_height = 2, output_width = 2>(x, r, i)"
+    case = graph(
+        nodes,
+        inputs="float[1,1,4,4] x, float[N,4] r, int64[N] i",
+        output="float[N,1,2,2] y",
+        opset=16,
+    )
+    assert "no RoiAlign of opset 23" in opset.run(case).skipped[0].reason
+    OrtRunner(case)
