@@ -113,7 +113,7 @@ class ReferenceRunner:
             except MemoryError as error:
                 msg = f"node '{step.name}' ({step.op_type}) needs more memory than there is"
                 raise UnsupportedError(msg) from error
-            except (ValueError, TypeError, IndexError, RuntimeError, AttributeError) as error:
+            except Exception as error:  # the operators of onnx raise whatever they like
                 raise ModelError(f"node '{step.name}' ({step.op_type}) failed: {error}") from error
             for name, result in zip(step.outputs, results, strict=False):
                 if name:
@@ -123,6 +123,9 @@ class ReferenceRunner:
         return {name: self._value(name, values) for name in self._outputs}
 
     def _converted(self, array: Array) -> Array:
+        if array.dtype.kind in "OS":  # strings of a tensor are bytes, those of a runtime are text
+            text = [s.decode("utf-8", "replace") if isinstance(s, bytes) else s for s in array.flat]
+            return np.array(text, object).reshape(array.shape)
         floating = array.dtype.kind in "fV" and array.dtype.names is None
         return array.astype(np.float64) if self._double and floating else array
 

@@ -422,3 +422,13 @@ def test_a_node_that_needs_too_much_memory_is_named() -> None:
     )
     with pytest.raises(UnsupportedError, match=r"'fill' .* more memory"):
         ReferenceRunner(model).run({"n": np.array([2**55])})
+
+
+def test_strings_are_text_as_those_of_onnx_runtime_are() -> None:
+    model = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["" : 20]> g (string[1] x) => (string[2] y)'
+        ' <string[1] k = {"ä"}> { y = Concat <axis = 0> (x, k) }'
+    )
+    feed = {"x": np.array(["b"], object)}
+    for runner in (ReferenceRunner(model), OrtRunner(model)):
+        assert runner.run(feed)["y"].tolist() == ["b", "ä"]
