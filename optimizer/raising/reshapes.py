@@ -208,7 +208,9 @@ def _slice(node: ir.Node, shapes: Shapes) -> bool:
     if axes is None or steps is None or any(step != 1 for step in steps):
         return False
     for start, end, axis in zip(starts, ends, axes, strict=True):
-        if start != 0 or not isinstance(axis, int) or source[axis] != end:
+        if start != 0 or not isinstance(axis, int) or not -len(source) <= axis < len(source):
+            return False
+        if source[axis] != end:
             return False
     return bypass(node)
 
