@@ -138,6 +138,17 @@ def check_functions(model: ir.Model) -> None:
                     msg = f"function '{name[1]}' of domain '{name[0]}' calls itself"
                     raise ModelError(msg)
                 stack.append((call, False))
+    for node in all_nodes(model):
+        function = model.functions.get(node.op_identifier())
+        wide = function is not None and (
+            len(node.inputs) > len(function.inputs) or len(node.outputs) > len(function.outputs)
+        )
+        if wide:
+            msg = (
+                f"node '{node.name}' gives or takes more than function '{node.op_type}' of domain "
+                f"'{node.domain}' has"
+            )
+            raise ModelError(msg)
     used = (sizes.get(node.op_identifier(), 0) for node in model.graph.all_nodes())
     count = sum(used)
     if count > MAX_NODES:

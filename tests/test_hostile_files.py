@@ -288,6 +288,12 @@ def test_functions_that_unfold_without_end_are_refused(tmp_path: Path, recursive
     assert ("calls itself" if recursive else "e+12 nodes") in text
 
 
+def test_a_call_with_more_than_the_function_takes_is_refused(tmp_path: Path) -> None:
+    model = onnx.ModelProto.FromString(hostile._nested_functions(2, recursive=False).model)
+    model.graph.node[0].input.append("x")
+    assert "more than function 'f1'" in refusal(written(tmp_path, model))
+
+
 def test_branches_deeper_than_protobuf_reads_are_refused(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(hostile._deep(60))
     refusal(tmp_path / "m.onnx")
