@@ -22,6 +22,7 @@ from optimizer.feeds import Sizes
 from optimizer.generation import self_samples
 from optimizer.listener import Listener, Silent
 from optimizer.model_io import BackgroundHashes, external_files, load_model
+from optimizer.model_tensors import belongs
 from optimizer.model_writer import ExternalData, check_output
 from optimizer.pipeline import Data, Run, require_data
 from optimizer.recipe import Recipe, to_toml
@@ -187,7 +188,15 @@ class Job:
             return None
         path = Path(text)
         candidate = path.parent / f"{path.stem}.{_BESIDE[key]}.npz"
-        return candidate if candidate.is_file() else None
+        if not candidate.is_file():
+            return None
+        if not belongs(candidate.resolve(), path):
+            self.listener.note(
+                f"{candidate} is a link out of the model's folder, so it is not read; to use it, "
+                f"name it with --{_BESIDE[key]}"
+            )
+            return None
+        return candidate
 
     def _check_early(self) -> None:
         """What can be refused, or should be said, before the model is read."""

@@ -16,13 +16,12 @@ import onnx_ir as ir
 
 from optimizer.checks import onnx_problem
 from optimizer.errors import MissingDependencyError, ModelError, UnsupportedError
-from optimizer.graph import attribute_graphs
+from optimizer.graph import attribute_graphs, constant
+from optimizer.model_functions import all_nodes
 
 #: The newest opset the canonical dialect and the targets' forms are written for.
 MAX_OPSET = 24
 _TYPES = frozenset(dtype.value for dtype in ir.DataType if dtype is not ir.DataType.UNDEFINED)
-#: A model whose functions are more nodes than this when written out is not one to optimize.
-MAX_NODES = 1_000_000
 #: Domains whose operators ONNX Runtime brings along.
 RUNTIME_DOMAINS = ("com.microsoft", "com.microsoft.nchwc")
 #: Operators that ONNX Runtime adds to the standard domain, at any opset.
@@ -111,51 +110,6 @@ def _doubles(names: Sequence[str]) -> list[str]:
     return [name for name, count in Counter(names).items() if count > 1]
 
 
-def check_functions(model: ir.Model) -> None:
-    """Functions of the model do not call themselves, and do not unfold without end.
-
-    Raises:
-        ModelError: A function that is its own part.
-        UnsupportedError: Written out, the functions would be more than ``MAX_NODES`` nodes.
-    """
-    sizes: dict[ir.OperatorIdentifier, int] = {}
-    for root in model.functions:
-        stack, path = [(root, False)], dict.fromkeys([root])
-        while stack:
-            name, done = stack.pop()
-            calls = [n.op_identifier() for n in model.functions[name].all_nodes()]
-            inner = [call for call in calls if call in model.functions]
-            if done:
-                sizes[name] = len(calls) + sum(sizes[call] for call in inner)
-                path.pop(name, None)
-                continue
-            if name in sizes:
-                continue
-            path[name] = None
-            stack.append((name, True))
-            for call in inner:
-                if call in path:
-                    msg = f"function '{name[1]}' of domain '{name[0]}' calls itself"
-                    raise ModelError(msg)
-                stack.append((call, False))
-    for node in all_nodes(model):
-        function = model.functions.get(node.op_identifier())
-        wide = function is not None and (
-            len(node.inputs) > len(function.inputs) or len(node.outputs) > len(function.outputs)
-        )
-        if wide:
-            msg = (
-                f"node '{node.name}' gives or takes more than function '{node.op_type}' of domain "
-                f"'{node.domain}' has"
-            )
-            raise ModelError(msg)
-    used = (sizes.get(node.op_identifier(), 0) for node in model.graph.all_nodes())
-    count = sum(used)
-    if count > MAX_NODES:
-        msg = f"its functions would be {count:.3g} nodes when written out, at most {MAX_NODES}"
-        raise UnsupportedError(msg)
-
-
 def check_nodes(model: ir.Model) -> None:
     """Every node has what its operator requires, and the ONNX checker accepts it.
 
@@ -199,13 +153,6 @@ def _check_node(node: ir.Node, imports: Mapping[str, int]) -> None:
     if to is not None and not to.is_ref() and to.value not in _TYPES:
         msg = f"node '{node.name}' (Cast) is to element type {to.value}, which does not exist"
         raise ModelError(msg)
-
-
-def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
-    """The nodes of all graphs and functions."""
-    yield from model.graph.all_nodes()
-    for function in model.functions.values():
-        yield from function.all_nodes()
 
 
 def check_operators(model: ir.Model, custom_ops: Sequence[Path]) -> None:
@@ -340,8 +287,8 @@ def check_numbers(model: ir.Model) -> None:
     Raises:
         ModelError: With the tensor and how many of its numbers are not finite.
     """
-    for value in _initializers(model):
-        tensor = value.const_value
+    for value in (*_initializers(model), *_constants(model)):
+        tensor = value.const_value if value.is_initializer() else constant(value)
         if tensor is None or not tensor.dtype.is_floating_point() or tensor.dtype.bitwidth < 16:
             continue
         nan, infinite = _count_non_finite(tensor.numpy())
@@ -350,8 +297,9 @@ def check_numbers(model: ir.Model) -> None:
         is_weight = any(use.node.op_type in _WEIGHT_USERS for use in value.uses())
         if nan or (infinite and is_weight):
             what = f"{nan} NaN" if nan else f"{infinite} infinite"
+            kind = "initializer" if value.is_initializer() else "Constant"
             msg = (
-                f"initializer '{value.name}' {list(tensor.shape)} holds {what} of {tensor.size} "
+                f"{kind} '{value.name}' {list(tensor.shape)} holds {what} of {tensor.size} "
                 "numbers; expected finite weights: export the model again from a sound checkpoint"
             )
             raise ModelError(msg)
@@ -379,3 +327,9 @@ def _close(tensor: ir.ExternalTensor) -> None:
 def _initializers(model: ir.Model) -> Iterator[ir.Value]:
     for graph in (model.graph, *model.graph.subgraphs()):
         yield from graph.initializers.values()
+
+
+def _constants(model: ir.Model) -> Iterator[ir.Value]:
+    for node in all_nodes(model):
+        if node.op_type == "Constant" and node.domain == "" and len(node.outputs) == 1:
+            yield node.outputs[0]

@@ -21,6 +21,7 @@ from google.protobuf.message import DecodeError
 
 from optimizer import model_input, notes, onnx_wire, sparse_input
 from optimizer.errors import ModelError, OptimizerError, OptionError
+from optimizer.model_functions import check_functions
 from optimizer.model_tensors import (
     LFS_HEAD,
     check_tensors,
@@ -110,7 +111,7 @@ def load_model(
         _check_file(path)
         model = _read(path)
         model_input.check_versions(model)
-        model_input.check_functions(model)
+        check_functions(model)
         model_input.check_wiring(model)
         model_input.sort_nodes(model)
         model_input.check_operators(model, tuple(Path(library) for library in custom_ops))
@@ -173,12 +174,12 @@ def _read(path: Path) -> ir.Model:
         reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
         msg = f"is not a valid model: {reason[:300]}"
         raise ModelError(msg) from error
-    folder = path.parent.resolve()  # the tensors must outlive a change of the working directory
     _unify(model)
     notes.drop_unreadable(model)
-    map_external(model, folder)
+    map_external(model, path)
+    place = path.parent.resolve() / path.name  # must outlive a change of the working directory
     for extent in extents:
-        _map_initializer(model.graph.initializers[extent.name], extent, folder / path.name)
+        _map_initializer(model.graph.initializers[extent.name], extent, place)
     return model
 
 

@@ -6,6 +6,7 @@ bodies of functions. A place outside of the model's folder is refused wherever i
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -153,7 +154,20 @@ def _shown(tensor: ir.TensorProtocol) -> list[int]:
     return [int(dim) for dim in tensor.shape.numpy()]
 
 
-def map_external(model: ir.Model, folder: Path) -> None:
+def belongs(file: Path, model: Path) -> bool:
+    """Whether a model may have its data in a file: one in its folder, or below.
+
+    Or beside the file that its own path is a link to: caches of downloads keep files elsewhere,
+    side by side, and link to each of them.
+
+    Args:
+        file: Resolved.
+        model: Path of the model as the user gave it.
+    """
+    return file.is_relative_to(model.parent.resolve()) or file.parent == model.resolve().parent
+
+
+def map_external(model: ir.Model, path: Path) -> None:
     """Check the place of every external tensor, and map it from there.
 
     What is no initializer of the main graph is read into memory: nobody who evaluates a node looks
@@ -161,19 +175,20 @@ def map_external(model: ir.Model, folder: Path) -> None:
 
     Args:
         model: As read; its external initializers become mapped ones.
-        folder: Of the model's file, resolved. The data lies here or below.
+        path: Of the model's file. The data lies in its folder or below, see ``belongs``.
 
     Raises:
         ModelError: A place outside of the folder, a file that is missing or too short.
     """
     sizes: dict[str, int] = {}
+    folder = path.parent.resolve()  # the tensors must outlive a change of the working directory
     for held in held_tensors(model):
         tensor = held.tensor
         if not isinstance(tensor, ir.ExternalTensor):
             continue
         location, offset, length = str(tensor.location), tensor.offset or 0, tensor.length
         if location not in sizes:
-            sizes[location] = _check_data_file(location, folder, held.name)
+            sizes[location] = _check_data_file(location, path, held.name)
         _check_type(held.name, tensor)
         if tensor.dtype == ir.DataType.STRING:
             msg = f"tensor '{held.name}' holds strings, which cannot be external data"
@@ -227,8 +242,8 @@ def in_memory(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     return ir.Tensor(array, dtype=tensor.dtype, shape=shape, name=tensor.name)
 
 
-def _check_data_file(location: str, folder: Path, name: str) -> int:
-    """Size of an external data file that exists and lies inside ``folder``.
+def _check_data_file(location: str, model: Path, name: str) -> int:
+    """Size of an external data file that exists and belongs to the model.
 
     Nothing is opened before it is certain where it lies and that it is a plain file: to open a
     pipe would wait for ever.
@@ -239,6 +254,7 @@ def _check_data_file(location: str, folder: Path, name: str) -> int:
             "the model's folder"
         )
         raise ModelError(msg)
+    folder = model.parent.resolve()
     data = folder / location
     try:
         real = data.resolve()
@@ -247,7 +263,8 @@ def _check_data_file(location: str, folder: Path, name: str) -> int:
         reason = getattr(error, "strerror", None) or str(error)
         msg = f"external data '{location}' of initializer '{name}' cannot be found: {reason}"
         raise ModelError(msg) from error
-    if not real.is_relative_to(folder):
+    within = Path(os.path.normpath(data)).is_relative_to(folder)
+    if not within or not belongs(real, model):
         how = "is a link to" if link else "points to"
         msg = (
             f"external data '{location}' {how} '{real}', outside of the model's folder; expected "

@@ -193,7 +193,7 @@ FILES = (
     Row("a function calls itself, or unfolds to more than a million nodes", 2, "the function",
         ("calls itself",),
         lambda p: [p.write(hostile._nested_functions(3, recursive=True).model)],
-        ("model_input.check_functions",)),
+        ("model_functions._sizes",)),
     Row("the model is newer than opset 24", 2, "export it with opset 23",
         ("opset 25", "24", "opset 23"), _newer, ("model_input.check_versions",)),
     Row("ONNX Runtime cannot run the model", 2, "the node and the reason", ("'product'", "MatMul"),
@@ -213,6 +213,16 @@ def _recipe(place: Place, text: str) -> Words:
 
 def _in_place_for_tensorrt(place: Place) -> Words:
     return [place.small, "--kv-cache", "in-place", "--target", "tensorrt-10"]
+
+
+def _script(place: Place, text: str) -> Words:
+    (place.folder / "my.py").write_text(text)
+    return [place.small, "--passes", f"{place.folder / 'my.py'}:fix"]
+
+
+def _twins(place: Place) -> Words:
+    words = _script(place, DEMO.read_text())
+    return [*words[:2], f"{SCALE},{place.folder / 'my.py'}:Scale"]
 
 
 def _no_torch(place: Place) -> Words:
@@ -239,9 +249,28 @@ OPTIONS = (
     Row("an unknown pass", 2, "the nearest one", ("did you mean 'canonicalize'?",),
         lambda p: [p.small, "--passes", "canonicalise"], ("passes.get_pass",)),
     Row("a pass from a file that has none", 2, "the classes that are there",
-        ("Nobody",), lambda p: [p.small, "--passes", f"{DEMO}:Nobody"], ("passes._from_file",)),
+        ("Nobody",), lambda p: [p.small, "--passes", f"{DEMO}:Nobody"],
+        ("external_passes.load_file",)),
     Row("a pass from a file that does not exist, or fails", 2, "the file", ("none.py",),
         lambda p: [p.small, "--passes", "./none.py:Pass"]),
+    Row("a pass from a file, or of another distribution, that lacks what a pass must have", 2,
+        "what it lacks", ("my.py:fix", "GraphPass"),
+        lambda p: _script(p, "class fix:\n    pass\n"), ("external_passes.checked",)),
+    Row("a function as a pass that is none of onnx-graphsurgeon's", 2, "how it is written",
+        ("gs.Graph",), lambda p: _script(p, "def fix():\n    pass\n"),
+        ("graphsurgeon.pass_of_function",)),
+    Row("a function of yours that fails, or leaves no graph", 2, "the line, and what it raised",
+        ("my.py:2", "KeyError"),
+        lambda p: _script(p, "def fix(graph):\n    {}['none']\n"),
+        ("graphsurgeon.Script._run",)),
+    Row("two passes of one name", 2, "to rename one", ("'scale'", "rename"), _twins,
+        ("recipe._check_names",)),
+    Row("`passes --conformance` without a pass", 2, "how one is named", ("./my.py:MyPass",),
+        lambda _: ["passes", "--conformance"], ("cli.passes.passes_command",)),
+    Row("`bisect`: the check is no command, or fails on the original model", 2,
+        "what the check said", ("the original model", "exit status 1"),
+        lambda p: ["bisect", p.small, "--passes", SCALE, "--check", "false"],
+        ("bisection.Bisection._ask_original",)),
     Row("an unknown option of a pass", 2, "the nearest one", ("did you mean 'factor'?",),
         lambda p: [p.small, "--passes", f"{SCALE}:fctor=2"], ("recipe.make_options",)),
     Row("an option of a pass with a wrong value", 2, "what is accepted", ("'big'", "number"),
@@ -444,6 +473,11 @@ ANSWERS = (
 
 #: Only who programs with the package meets these, or nobody: the program has a way around.
 INTERNAL = "internal"
+_CHECK = "`bisect`: the check is no command, or fails on the original model"
+_FILE = "a pass from a file that does not exist, or fails"
+_LACKS = "a pass from a file, or of another distribution, that lacks what a pass must have"
+_SCRIPT = "a function of yours that fails, or leaves no graph"
+_UNFOLDED = "a function calls itself, or unfolds to more than a million nodes"
 _HF = "a Hugging Face folder without a model, or of an unknown kind"
 _FACTORY = "a factory that does not exist or returns no module"
 _GRAPH = "a pass breaks the graph, or says something else than it did"
@@ -461,6 +495,8 @@ VARIANTS = {
     "api._resolve": INTERNAL,
     "benchmark.compare": INTERNAL,
     "benchmark.write_result": INTERNAL,
+    "bisect_job.BisectJob._check_wanted": _CHECK,
+    "bisection.Bisection._halve_stages": _CHECK,
     "calibration.Calibration.drift": INTERNAL,
     "calibration.Reference.array": INTERNAL,
     "calibration.primary_output": INTERNAL,
@@ -469,10 +505,18 @@ VARIANTS = {
     "checks._check_values": _GRAPH,
     "checks.check_graph": _GRAPH,
     "checks.check_model": _GRAPH,
-    "cli.run.parse_size": _WRITTEN,
+    "cli.options.parse_size": _WRITTEN,
+    "cli.passes._options": _OPTION,
     "cli.tools.parse_shapes": _WRITTEN,
+    "command_judge.parse_command": _CHECK,
     "deviation._aligned": _VERIFY,
     "deviation.collect": _VERIFY,
+    "divergence.first_difference": INTERNAL,
+    "elf.read_dynamic": INTERNAL,
+    "external_passes._module": _FILE,
+    "external_passes._parsed": _FILE,
+    "external_passes._refuse_whole_script": _FILE,
+    "external_passes.load_entry_point": _LACKS,
     "feeds._values": INTERNAL,
     "frontends.hf_signature._named": _UNEXPORTED,
     "frontends.hf_signature.build": _HF,
@@ -492,20 +536,25 @@ VARIANTS = {
     "generation._Generator._feed": _SELF,
     "generation._Generator.run": _SELF,
     "generation._cache_names": _SELF,
+    "graphsurgeon.Script.call": _SCRIPT,
+    "graphsurgeon._refuse_what_is_dropped": _LOWER,
+    "graphsurgeon.restore.put_back": _SCRIPT,
     "inputs.check_feed": _NAMES,
     "legalize._opset": _LOWER,
+    "legalize.decompose._head_counts": _LOWER,
     "legalize.decompose._size": _LOWER,
     "legalize.decompose.attention": _LOWER,
     "legalize.decompose.rms_normalization": _LOWER,
     "legalize.decompose.rotary_embedding": _LOWER,
     "legalize.legalize": _LOWER,
     "legalize.opset_rules.lower": _LOWER,
+    "model_functions._check_call": "MODEL is protobuf, but no valid model",
+    "model_functions.check_functions": _UNFOLDED,
     "model_input._given": "a value is defined twice",
     "model_io._map_initializer": _TENSOR,
     "model_io._read": "MODEL is protobuf, but no valid model",
     "model_tensors._check_content": _TENSOR,
     "model_tensors._check_type": _TENSOR,
-    "passes._checked": "a pass from a file that has none",
     "passes._class_named": "a pass from a file that has none",
     "passes.cqil._Meter.__init__": _OPTION,
     "passes.cqil._automatic": "a pass that needs data, without any",

@@ -430,3 +430,25 @@ def test_nothing_outside_is_opened_by_the_whole_command(tmp_path: Path) -> None:
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+
+
+def test_a_call_with_an_attribute_of_another_type_is_refused(tmp_path: Path) -> None:
+    model = onnx.parser.parse_model("""
+        <ir_version: 10, opset_import: ["" : 20, "own" : 1]>
+        g (float[2] x) => (float[2] y) { y = own.leak <slope = [0.5]> (x) }
+        <domain: "own", opset_import: ["" : 20]>
+        leak <slope> (x) => (y) { y = LeakyRelu <alpha : float = @slope> (x) }
+    """)
+    assert "'slope' as FLOATS, expected FLOAT" in refusal(written(tmp_path, model))
+
+
+@pytest.mark.parametrize("constant", ["value_float = nan", "value = float[2] {1, nan}"])
+def test_constants_are_no_more_nan_than_initializers_are(tmp_path: Path, constant: str) -> None:
+    constant = constant.replace("nan", "7.5")
+    model = onnx.parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["" : 20]>
+        g (float[2] x) => (float[2] y) {{ c = Constant <{constant}> ()  y = Add(x, c) }}
+    """)
+    sound, damaged = (np.float32(number).tobytes() for number in (7.5, np.nan))
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString().replace(sound, damaged))
+    assert "Constant 'c'" in refusal(tmp_path / "m.onnx")

@@ -275,6 +275,22 @@ def test_external_data_that_links_out_of_the_folder_is_refused(tmp_path: Path) -
     assert "outside of the model's folder" in refusal(path)
 
 
+def test_a_cache_that_links_to_every_file_is_read(tmp_path: Path) -> None:
+    """As a download cache does: the model's own link leads to where its data lies."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for number, file in enumerate(external(tmp_path / "snapshot")):
+        file.rename(tmp_path / "blobs" / str(number))
+        file.symlink_to(f"../blobs/{number}")
+    model = load_model(tmp_path / "snapshot" / "model.onnx")
+    assert external_files(model) == (tmp_path / "blobs" / "1",)
+    link = tmp_path / "snapshot" / "model.onnx.data"
+    link.unlink()
+    (tmp_path / "secret").write_bytes((tmp_path / "blobs" / "1").read_bytes())
+    link.symlink_to("../secret")
+    assert "outside of the model's folder" in refusal(tmp_path / "snapshot" / "model.onnx")
+
+
 def test_a_cycle_is_named(tmp_path: Path) -> None:
     path = tmp_path / "cycle.onnx"
     nodes = [
