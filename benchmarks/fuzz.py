@@ -67,7 +67,7 @@ class Tally:
 
     def add(self, number: int, verdict: dict[str, Any]) -> None:
         """Count one verdict."""
-        from fuzzing.oracle import FINE
+        from fuzzing.verdicts import FINE
 
         kind, detail = verdict["kind"], verdict["detail"]
         self.outcomes[kind] += 1

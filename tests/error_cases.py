@@ -22,7 +22,8 @@ import onnx
 import onnx.helper as oh
 import onnx.numpy_helper as onh
 import pytest
-from fuzzing import hostile
+from fuzzing.bombs import nested_functions
+from fuzzing.files import holding
 
 from optimizer.model_io import save_model
 
@@ -169,7 +170,7 @@ FILES = (
         "copy it beside the model", ("outside of the model's folder", "copy it there"), _outside),
     Row("a tensor does not hold what its type and shape say", 2, "what was found and expected",
         ("holds 15 bytes, expected 16",),
-        lambda p: [p.write(hostile._holding(
+        lambda p: [p.write(holding(
             onnx.TensorProto(name="w", data_type=1, dims=[4], raw_data=b"0" * 15), "function"))],
         ("model_tensors._refuse_count",)),
     Row("a sparse initializer makes no sense, or would be huge", 2, "what was found",
@@ -192,7 +193,7 @@ FILES = (
         ("model_input._check_node",)),
     Row("a function calls itself, or unfolds to more than a million nodes", 2, "the function",
         ("calls itself",),
-        lambda p: [p.write(hostile._nested_functions(3, recursive=True).model)],
+        lambda p: [p.write(nested_functions(3, recursive=True).model)],
         ("model_functions._sizes",)),
     Row("the model is newer than opset 24", 2, "export it with opset 23",
         ("opset 25", "24", "opset 23"), _newer, ("model_input.check_versions",)),

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from fuzzing.graphs import BOOL, INT64, Value, Writer
+from fuzzing.graphs import Writer
 from fuzzing.layers import apply_linear, float_mask, positions
+from fuzzing.values import BOOL, INT64, Value
 
 
 @dataclass

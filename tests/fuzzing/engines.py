@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from fuzzing.files import Hostile
 from fuzzing.generate import make_case
-from fuzzing.hostile import Hostile, hostile
+from fuzzing.hostile import hostile
 from fuzzing.mutations import damaged
-from fuzzing.oracle import FindingError, Judge, Verdict, feeds_of
+from fuzzing.oracle import Judge, feeds_of
 from fuzzing.sandbox import Sandbox
+from fuzzing.verdicts import FindingError, Verdict
 
 from optimizer import cli
 from optimizer.runners.ort import OrtRunner

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import onnx
 from fuzzing import attention, layers, layouts, others
-from fuzzing.graphs import BOOL, EMPTY, FLOAT, INT64, ORDINARY, Case, Writer
+from fuzzing.graphs import Writer
+from fuzzing.values import BOOL, EMPTY, FLOAT, INT64, ORDINARY, Case
 
 #: Motif -> how often it is drawn, relative to the others.
 MOTIFS: dict[Callable[[Writer], None], int] = {
@@ -29,8 +30,8 @@ MOTIFS: dict[Callable[[Writer], None], int] = {
     layouts.expand: 4,
     layouts.casts: 3,
     layouts.grid: 2,
-    layouts.reduction: 3,
-    layouts.selection: 4,
+    others.reduction: 3,
+    others.selection: 4,
     others.quantized: 4,
     others.integer_product: 3,
     others.branch: 3,

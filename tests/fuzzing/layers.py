@@ -9,7 +9,8 @@ import math
 
 import numpy as np
 import onnx
-from fuzzing.graphs import BOOL, FLOAT, INT64, Value, Writer
+from fuzzing.graphs import Writer
+from fuzzing.values import BOOL, FLOAT, INT64, Value
 
 _ODD = (1.0, 0.5, 2.0, 1.41421356, 1.4, 0.70710678, 0.7978845608, 0.044715, 3.0, 1.702, 1.7)
 

@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 import onnx
-from fuzzing.graphs import BOOL, DTYPES, FLOAT, INT64, Shape, Value, Writer
+from fuzzing.graphs import Writer
+from fuzzing.values import BOOL, DTYPES, FLOAT, INT64, Shape, Value
 
 _INT32 = onnx.TensorProto.INT32
 
@@ -369,34 +370,3 @@ def _run(w: Writer, x: Value, axis: int) -> Value:
     sizes = tuple((max(0, int(a[0]) - start),) for a in length.known)
     inputs = [w.ints(start), w.squeeze(length, [0]), w.ints(1)]
     return w.emit("Range", inputs, [(INT64, sizes)], exact=True)[0]
-
-
-def reduction(w: Writer) -> None:
-    """Any reduction over any axes."""
-    x = w.floats()
-    if x is None or x.rank == 0 or any(0 in s for s in x.shapes):
-        return
-    axes = sorted({w.r.randrange(x.rank) for _ in range(w.r.randrange(1, 3))})
-    op = w.pick(["ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceL2"])
-    w.reduce(op, x, axes, w.r.randrange(2))
-
-
-def selection(w: Writer) -> None:
-    """Where by a comparison of exact numbers; Clip; Trilu."""
-    x = w.floats()
-    if x is None or w.opset < 9:
-        return
-    if w.opset >= 14 and x.rank >= 2 and w.chance(30):
-        w.emit("Trilu", [x], [(x.dtype, x.shapes)], exact=x.exact, upper=w.r.randrange(2))
-        return
-    condition = w.find(lambda v: v.dtype == BOOL and w.broadcast(v, x) is not None)
-    if condition is None or w.chance(30):
-        exact = w.find(lambda v: v.exact and v.dtype == w.dtype and w.broadcast(v, x) is not None)
-        if exact is None:
-            return
-        condition = w.op("Less", exact, w.const(0.1), dtype=BOOL, exact=True)
-    other = w.const(w.pick([0.0, -1e4, 1.5]))
-    first, second = w.swap(x, other)
-    shapes = w.broadcast(condition, first, second)
-    assert shapes is not None
-    w.emit("Where", [condition, first, second], [(x.dtype, shapes)])

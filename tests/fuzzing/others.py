@@ -7,8 +7,9 @@ import copy
 import numpy as np
 import onnx
 import onnx.helper as oh
-from fuzzing.graphs import BOOL, DTYPES, FLOAT, INT64, Value, Writer
+from fuzzing.graphs import Writer
 from fuzzing.layers import apply_linear, binary, linear, norm, unary
+from fuzzing.values import BOOL, DTYPES, FLOAT, INT64, Value
 
 _INT8, _UINT8 = onnx.TensorProto.INT8, onnx.TensorProto.UINT8
 _CONTRIB = "com.microsoft"
@@ -245,3 +246,34 @@ def stack(w: Writer) -> None:
     linear(w)
     unary(w)
     binary(w)
+
+
+def reduction(w: Writer) -> None:
+    """Any reduction over any axes."""
+    x = w.floats()
+    if x is None or x.rank == 0 or any(0 in s for s in x.shapes):
+        return
+    axes = sorted({w.r.randrange(x.rank) for _ in range(w.r.randrange(1, 3))})
+    op = w.pick(["ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceL2"])
+    w.reduce(op, x, axes, w.r.randrange(2))
+
+
+def selection(w: Writer) -> None:
+    """Where by a comparison of exact numbers; Clip; Trilu."""
+    x = w.floats()
+    if x is None or w.opset < 9:
+        return
+    if w.opset >= 14 and x.rank >= 2 and w.chance(30):
+        w.emit("Trilu", [x], [(x.dtype, x.shapes)], exact=x.exact, upper=w.r.randrange(2))
+        return
+    condition = w.find(lambda v: v.dtype == BOOL and w.broadcast(v, x) is not None)
+    if condition is None or w.chance(30):
+        exact = w.find(lambda v: v.exact and v.dtype == w.dtype and w.broadcast(v, x) is not None)
+        if exact is None:
+            return
+        condition = w.op("Less", exact, w.const(0.1), dtype=BOOL, exact=True)
+    other = w.const(w.pick([0.0, -1e4, 1.5]))
+    first, second = w.swap(x, other)
+    shapes = w.broadcast(condition, first, second)
+    assert shapes is not None
+    w.emit("Where", [condition, first, second], [(x.dtype, shapes)])

@@ -18,8 +18,9 @@ import onnx
 import onnx.helper as oh
 import onnx.printer
 from fuzzing.generate import make_case
-from fuzzing.graphs import Case
-from fuzzing.oracle import Judge, Verdict, feeds_of
+from fuzzing.oracle import Judge, feeds_of
+from fuzzing.values import Case
+from fuzzing.verdicts import Verdict
 
 from optimizer.errors import OptimizerError
 from optimizer.runners.ort import OrtRunner

@@ -17,7 +17,7 @@ import sysconfig
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from fuzzing.hostile import OUTSIDE, Special, aimed
+from fuzzing.files import OUTSIDE, Special, aimed
 
 _SECRET = b"not for models" * 10
 _OPEN, _MODIFY, _CREATE, _DELETE, _MOVED = 0x20, 0x2, 0x100, 0x200, 0xC0
