@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 #: Longer integer vectors than this are data, not shapes.
 _MAX_VECTOR = 16
-#: A Slice that ends here or later ends with the axis, whatever its length.
+#: A Slice that ends here or later ends with the axis, whatever its length; with steps backwards it
+#: is empty by the standard, and to ONNX Runtime everything before the start.
 _FAR = 2**31 - 1
 
 
@@ -62,11 +63,7 @@ def axes_of(node: ir.Node, index: int) -> list[int] | None:
 
 
 def slice_bounds(node: ir.Node, rank: int) -> list[tuple[int, slice]] | None:
-    """(axis, slice) pairs of a Slice with constant bounds.
-
-    None too for steps backwards from a start to an end far behind: by the standard that is nothing,
-    to ONNX Runtime everything before the start.
-    """
+    """(axis, slice) pairs of a Slice with constant bounds that mean the same to everybody."""
     if len(node.inputs) < 3:
         return None
     vectors = [numbers(v) if v is not None else [] for v in node.inputs[1:]]
