@@ -36,8 +36,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 #: Address space of a worker. The largest input is a file of 1 GiB that is mapped, not read.
 MEMORY = 6 << 30
-#: Seconds for one input, and for what the original itself does in ONNX Runtime.
-LIMIT, LIMIT_THEIRS = 60.0, 20.0
+#: Seconds for each step of one input; for what the original itself does in ONNX Runtime; to start.
+LIMIT, LIMIT_THEIRS, LIMIT_START = 60.0, 20.0, 120.0
 #: Inputs per worker process.
 BATCH = 1500
 _ENGINES = ("graph", "loader")
@@ -90,6 +90,7 @@ def _generic(message: str) -> str:
 def work(engine: str, first: int, count: int, root: Path, report: int) -> None:
     """The worker: judges inputs one after the other and writes a line before and after each."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    from fuzzing.drill import drill
     from fuzzing.engines import ENGINES
     from fuzzing.sandbox import Sandbox
 
@@ -103,7 +104,7 @@ def work(engine: str, first: int, count: int, root: Path, report: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         for number in range(first, first + count):
             say({"number": number, "phase": "ours: make"})
-            verdict = ENGINES[engine](
+            verdict = {**ENGINES, "drill": drill}[engine](
                 number, sandbox, lambda phase, n=number: say({"number": n, "phase": phase})
             )
             say({"number": number, **verdict.__dict__})
@@ -136,8 +137,8 @@ def _batch(
     buffer = b""
     with os.fdopen(reader, "rb", buffering=0) as pipe:
         while True:
-            theirs = state["phase"] == "theirs"
-            ready, _, _ = select.select([pipe], [], [], LIMIT_THEIRS if theirs else LIMIT)
+            limit = {"theirs": LIMIT_THEIRS, "ours: start": LIMIT_START}.get(state["phase"], LIMIT)
+            ready, _, _ = select.select([pipe], [], [], limit)
             data = pipe.read(1 << 16) if ready else b""
             if not data:
                 break

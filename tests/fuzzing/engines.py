@@ -32,7 +32,7 @@ def graph(number: int, sandbox: Sandbox, begin: Callable[[str], None]) -> Verdic
     """A random valid graph, rewritten and compared."""
     case = make_case(random.Random(number))
     path = sandbox.place(case.model.SerializeToString(), {})
-    return _judged(sandbox, path, begin, feeds_of(case.feeds), shapes=True)
+    return judged(sandbox, path, begin, feeds_of(case.feeds), shapes=True)
 
 
 def loader(number: int, sandbox: Sandbox, begin: Callable[[str], None]) -> Verdict:
@@ -40,7 +40,7 @@ def loader(number: int, sandbox: Sandbox, begin: Callable[[str], None]) -> Verdi
     made = make_input(number)
     path = sandbox.place(made.model, made.files)
     r = random.Random(number)
-    verdict = _judged(sandbox, path, begin, lambda runner: made_up(runner, r))
+    verdict = judged(sandbox, path, begin, lambda runner: made_up(runner, r))
     if verdict.fine and number % _COMMAND_EVERY == 0:
         begin("ours: command")
         with sandbox.watch() as seen:
@@ -63,7 +63,7 @@ def make_input(number: int) -> Hostile:
     return Hostile(seed.name, seed.model, seed.files)
 
 
-def _judged(
+def judged(
     sandbox: Sandbox,
     path: Path,
     begin: Callable[[str], None],
@@ -71,6 +71,7 @@ def _judged(
     *,
     shapes: bool = False,
 ) -> Verdict:
+    """The verdict on one model, and whether anything outside of its folder was touched."""
     before = {item.name: item.stat().st_mtime_ns for item in path.parent.iterdir() if item.exists()}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     phases: list[str] = []
