@@ -262,6 +262,8 @@ def replace_value(old: ir.Value, new: ir.Value, *, keep_name: bool = False) -> N
         raise ValueError(msg)
     producer = new.producer()
     if not _renamable(new) or producer is None or producer.graph is not graph:
+        for use in tuple(old.uses()):  # the Identity is the last node: it comes after all of them
+            use.node.replace_input_with(use.idx, new)
         new = insert(graph, None, "Identity", (new,), dtype=old.dtype, shape=old.shape)
     new.type = old.type
     new.shape = None if old.shape is None else old.shape.copy()

@@ -87,12 +87,13 @@ def _problem(node: ir.Node, version: int, shapes: Shapes) -> str | None:
     """Why this node may mean something else in the canonical version."""
     name = node.op_type
     old, new = _schema(name, version), _schema(name, CANONICAL)
+    if name in _FUNCTIONS and _is_double(node):
+        return f"ONNX Runtime has no {name} of opset {CANONICAL} for float64"
     if old is None or (new is not None and old.since_version == new.since_version):
         return None  # no standard operator, or one that did not change
-    if new is None or new.deprecated:
-        return f"{name} does not exist in opset {CANONICAL}"
-    if name in _LEFT_BEHIND or (name in _FUNCTIONS and _is_double(node)):
-        return f"ONNX Runtime has no {name} of opset {CANONICAL} for these types"
+    gone = new is None or new.deprecated
+    if new is None or gone or name in _LEFT_BEHIND:
+        return f"{name} does not exist in {'' if gone else 'ONNX Runtime in '}opset {CANONICAL}"
     if old.since_version < _CHANGED.get(name, 0):
         return f"{name} means something else since opset {_CHANGED[name]}"
     if old.since_version < _CEIL_FIXED.get(name, 0) and node.attributes.get_int("ceil_mode", 0):

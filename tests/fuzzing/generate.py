@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 
 import onnx
-from fuzzing import attention, layers, layouts, others
+from fuzzing import attention, contrib, layers, layouts, others
 from fuzzing.graphs import Writer
 from fuzzing.values import BOOL, EMPTY, FLOAT, INT64, ORDINARY, Case
 
@@ -36,7 +36,9 @@ MOTIFS: dict[Callable[[Writer], None], int] = {
     others.integer_product: 3,
     others.branch: 3,
     others.loop: 2,
-    others.fused: 3,
+    contrib.fused: 8,
+    contrib.embeddings: 2,
+    contrib.taken_apart: 2,
     others.lookup: 3,
     others.twice: 5,
     others.constants: 5,

@@ -113,38 +113,6 @@ def loop(w: Writer) -> None:
     w.emit("Loop", inputs, [(x.dtype, x.shapes)], body=body)
 
 
-def fused(w: Writer) -> None:
-    """Operators that ONNX Runtime's own optimizer writes."""
-    x = w.floats(last=True)
-    if x is None or w.dtype != FLOAT or x.rank < 2:
-        return
-    size = x.size(-1) or 1
-    same = [(FLOAT, x.shapes)]
-    kind = w.pick(["FastGelu", "BiasGelu", "Gelu", "QuickGelu", "FusedMatMul", "Skip"])
-    vector = w.const(w.array((size,), 0.5, 1.5))
-    if kind == "FastGelu":
-        w.emit(kind, [x, vector][: 1 + w.r.randrange(2)], same, domain=_CONTRIB)
-    elif kind == "BiasGelu":
-        w.emit(kind, [x, vector], same, domain=_CONTRIB)
-    elif kind == "Gelu":
-        w.emit(kind, [x], same, domain=_CONTRIB)
-    elif kind == "QuickGelu":
-        w.emit(kind, [x], same, domain=_CONTRIB, alpha=w.pick([1.702, 1.0]))
-    elif kind == "FusedMatMul":
-        columns = w.r.randrange(1, 5)
-        weight = w.const(w.array((columns, size)))
-        shapes = tuple((*s[:-1], columns) for s in x.shapes)
-        w.emit(kind, [x, weight], [(FLOAT, shapes)], domain=_CONTRIB, transB=1, alpha=0.5)
-    elif x.rank == 3:
-        other = w.find(lambda v: v.shapes == x.shapes and v.dtype == FLOAT)
-        inputs = [x, other or x, vector]
-        name = "SkipSimplifiedLayerNormalization"
-        if w.chance(50):
-            name = "SkipLayerNormalization"
-            inputs.append(w.const(w.array((size,))))
-        w.emit(name, inputs, same, domain=_CONTRIB, epsilon=1e-5)
-
-
 def lookup(w: Writer) -> None:
     """An embedding."""
     ids = w.find(lambda v: v.dtype == INT64 and v.exact and v.name in w.inputs)

@@ -237,3 +237,14 @@ def test_attention_runs_where_inference_does_not_know_the_width_of_the_values():
     ones = {"q": (1, 3, 4), "k": (1, 3, 2), "f": (6,)}
     feed = {name: np.ones(shape, np.float32) for name, shape in ones.items()}
     assert ort.OrtRunner(model).run(feed)["y"].tolist() == [[[2, 2]] * 3]
+
+
+def test_messages_of_onnx_runtime_are_told_without_its_own_code() -> None:
+    text = (
+        "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running "
+        "Attention node. Name:'a' Status Message: /build/core/helper.h:41 onnxruntime::common::"
+        "Status onnxruntime::attention_helper::Check(const onnxruntime::Tensor*, int, float, "
+        "onnxruntime::TensorShape&, bool) parameters.batch_size > 0 was false. "
+    )
+    message = str(ort.translate_error(RuntimeError(text), "model"))
+    assert message == "model: node 'a' (Attention) failed: parameters.batch_size > 0 was false."
