@@ -144,12 +144,14 @@ class Bisection:
         verdict = self.judge.original()
         if verdict is None or self._note("the original model", verdict).outcome is Outcome.GOOD:
             return
-        said = "".join(f"\n{line}" for line in verdict.output[-2:])
         msg = (
             f"the check fails on the original model ({verdict.reason}), so it cannot tell what "
-            f"breaks it; expected a check that the original passes{said}"
+            "breaks it; expected a check that the original passes"
         )
-        raise OptionError(msg)
+        error = OptionError(msg)
+        for line in verdict.output[-2:]:
+            error.add_note(line)
+        raise error
 
     # The pass.
 

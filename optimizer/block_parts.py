@@ -51,7 +51,8 @@ def linear(output: ir.Value) -> Linear | None:
     for value, bias in (operands(add), operands(add)[::-1]):
         shape = dims(stored(bias))
         found = _matmul(value, add, bias) if shape is not None and len(shape) == 1 else None
-        if found is not None and graphs.only_user(value) is add:
+        whole = found is not None and shape == (width(found),)  # one number is no bias
+        if whole and graphs.only_user(value) is add:
             return found
     return None
 

@@ -16,7 +16,14 @@ from optimizer.graph import attribute_graphs
 from optimizer.proto import skeleton
 from optimizer.targets import get_target
 
-__all__ = ["Fingerprint", "check_graph", "check_model", "check_pass", "fingerprint"]
+__all__ = [
+    "Fingerprint",
+    "check_graph",
+    "check_model",
+    "check_pass",
+    "fingerprint",
+    "onnx_problem",
+]
 
 #: Domains of operators that the ONNX standard defines.
 STANDARD_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml"})
@@ -73,8 +80,13 @@ def check_pass(before: ir.Model, after: ir.Model, graph_pass: PassLike, report: 
     check_graph(after, where, operators={*_operators(before), *graph_pass.emits}, repeated=repeated)
 
 
-def check_model(model: ir.Model, target: str) -> None:
+def check_model(model: ir.Model, target: str, before: ir.Model | None = None) -> None:
     """Check a lowered model against what its target runs.
+
+    Args:
+        model: The lowered model.
+        target: A name of ``optimizer.targets``.
+        before: The model before it was lowered; names of nodes that were double there may be.
 
     Raises:
         PassContractError: The graph is not legal, or holds operators that the target lacks.
@@ -84,12 +96,13 @@ def check_model(model: ir.Model, target: str) -> None:
     operators = set(_operators(model))
     if not chosen.contrib_ops:
         operators = {op for op in operators if op[0] != _CONTRIB}
-    check_graph(model, where, operators=operators)
+    repeated = () if before is None else [n for n, k in _node_names(before).items() if k > 1]
+    check_graph(model, where, operators=operators, repeated=repeated)
     version = model.opset_imports.get("", 0)
-    if not chosen.min_opset <= version <= chosen.max_opset:
+    # A model that could not be raised keeps its version; runtimes take old ones.
+    if version > chosen.max_opset:
         raise PassContractError(
-            f"{where}: the result has opset {version}, the target takes {chosen.min_opset} to "
-            f"{chosen.max_opset}."
+            f"{where}: the result has opset {version}, the target takes at most {chosen.max_opset}."
         )
 
 
@@ -130,7 +143,9 @@ def check_graph(
                 f"{where}: node '{node.name}' ({node.op_type}) is of domain '{node.domain}', for "
                 "which the model imports no opset."
             )
-    _run_onnx_checker(model, where)
+    problem = onnx_problem(model)
+    if problem is not None:
+        raise PassContractError(f"{where}: {problem}")
 
 
 def _check_values(graph: ir.Graph, where: str) -> None:
@@ -253,7 +268,11 @@ def _operators(model: ir.Model) -> set[Operator]:
 _BAD_NODE = re.compile(r"Name: (?P<node>.*?) OpType: (?P<op>\w+)")
 
 
-def _run_onnx_checker(model: ir.Model, where: str) -> None:
+def onnx_problem(model: ir.Model) -> str | None:
+    """What the ONNX checker says against a model, naming the node; None for nothing.
+
+    Weights are not read, and no file is looked for.
+    """
     proto, large = skeleton(model)
     # To the checker, large initializers are inputs: it would look for their bytes on disk.
     kept = [t for t in proto.graph.initializer if t.name not in large]
@@ -270,13 +289,45 @@ def _run_onnx_checker(model: ir.Model, where: str) -> None:
             node.domain = _CONTRIB
             if all(item.domain != _CONTRIB for item in proto.opset_import):
                 proto.opset_import.add(domain=_CONTRIB, version=1)
-    for output in proto.graph.output:
-        if not output.HasField("type"):
-            output.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    _declare_more(proto)
     try:
         onnx.checker.check_model(proto)
     except onnx.checker.ValidationError as error:
         text = " ".join(str(error).split("==>")[0].split())
         found = _BAD_NODE.search(str(error))
         node = f"node '{found['node']}' ({found['op']}): " if found else ""
-        raise PassContractError(f"{where}: {node}{text}") from error
+        return f"{node}{text}"
+    return None
+
+
+def _declare_more(proto: onnx.ModelProto) -> None:
+    """Add what the checker asks for and no runtime does: the rank of inputs and outputs.
+
+    External tensors of attributes get another size, so that it does not look for their files.
+    """
+    pending = [proto.graph]
+    nodes = [node for function in proto.functions for node in function.node]
+    while pending or nodes:
+        if pending:
+            graph = pending.pop()
+            nodes += graph.node
+            for tensor in graph.initializer:
+                _forget_place(tensor)
+            for output in graph.output:
+                if not output.HasField("type"):
+                    output.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+            for value in (*graph.input, *graph.output):
+                if value.type.HasField("tensor_type"):
+                    value.type.tensor_type.shape.SetInParent()
+            continue
+        for attribute in nodes.pop().attribute:
+            for tensor in (*([attribute.t] if attribute.HasField("t") else ()), *attribute.tensors):
+                _forget_place(tensor)
+            pending += (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs)
+
+
+def _forget_place(tensor: onnx.TensorProto) -> None:
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        tensor.ClearField("external_data")
+        tensor.ClearField("data_location")
+        tensor.dims[:] = [0]

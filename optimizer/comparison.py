@@ -9,6 +9,7 @@ from pathlib import Path
 from optimizer.calibration import Calibration, input_specs
 from optimizer.metrics import Drift
 from optimizer.model_io import load_model
+from optimizer.model_tensors import belongs
 from optimizer.probes import make_probes
 from optimizer.samples import SampleSpec, load_samples
 
@@ -65,6 +66,6 @@ def compare(
 
 
 def beside(path: Path) -> Path | None:
-    """The evaluation, else the calibration data that lies beside a model."""
-    names = (f"{path.stem}.{kind}.npz" for kind in ("eval", "calibration"))
-    return next((item for name in names if (item := path.parent / name).is_file()), None)
+    """The evaluation, else the calibration data that lies beside a model, and belongs to it."""
+    files = (path.parent / f"{path.stem}.{kind}.npz" for kind in ("eval", "calibration"))
+    return next((f for f in files if f.is_file() and belongs(f.resolve(), path)), None)

@@ -41,8 +41,8 @@ class OutputError:
 
 
 def is_floating(array: np.ndarray) -> bool:
-    """Whether small differences are roundings."""
-    return array.dtype.kind not in "iub"
+    """Whether small differences are roundings: not of integers, nor of strings."""
+    return array.dtype.kind in "fcV"
 
 
 def wide(array: np.ndarray) -> np.ndarray:
@@ -69,7 +69,8 @@ def collect(
         expected, found = probe.rows(expected), probe.rows(found)
         if not is_floating(raw):
             if attribute == "found" and not np.array_equal(expected, found):
-                raise VerificationError(f"output '{name}' holds other integers")
+                what = "integers" if raw.dtype.kind in "iub" else "values"
+                raise VerificationError(f"output '{name}' holds other {what}")
             continue
         entry = errors.setdefault(name, OutputError())
         finite = np.isfinite(expected)

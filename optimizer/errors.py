@@ -21,10 +21,36 @@ EXIT_ENGINE = 7
 EXIT_INTERRUPTED = 130
 
 
+#: Longer messages are cut in the middle: four lines of a wide terminal.
+_LONGEST = 600
+
+
+def printable(text: str) -> str:
+    """``text`` on one line, without anything that a terminal would obey.
+
+    Names in a model are the model's; printed as they are they could move the cursor, change the
+    title, or hide what follows.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class OptimizerError(Exception):
-    """Root of all errors raised on purpose."""
+    """Root of all errors raised on purpose.
+
+    Args:
+        message: One sentence; made printable, and cut where it is very long.
+    """
 
     exit_code = EXIT_INTERNAL
+
+    def __init__(self, message: str = "") -> None:
+        text = printable(message)
+        if len(text) > _LONGEST:
+            half = _LONGEST // 2
+            text = f"{text[:half]} ... {text[-half:]}"
+        super().__init__(text)
 
 
 class OptionError(OptimizerError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,8 @@ _TOKEN_INPUTS = (
 )
 #: Token ids below this are drawn where the vocabulary is unknown.
 _SMALL_VOCABULARY = 32
+#: Bytes of an input that are made up; a model may declare any length.
+_LARGEST = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,13 @@ def _values(
     spec: InputSpec, shape: tuple[int, ...], sizes: Sizes, rng: np.random.Generator
 ) -> np.ndarray:
     kind = spec.dtype.kind
+    size = math.prod(shape) * spec.dtype.itemsize
+    if size > _LARGEST:
+        raise CalibrationError(
+            f"input '{spec.name}' {list(shape)} would be {size / 1e9:.3g} GB of made-up numbers"
+        )
+    if kind in "OU":
+        return np.full(shape, "text", object)
     if spec.name == "attention_mask" or kind == "b":
         return np.ones(shape, spec.dtype)
     if spec.name == "position_ids" and shape:

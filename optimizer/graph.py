@@ -262,6 +262,8 @@ def replace_value(old: ir.Value, new: ir.Value, *, keep_name: bool = False) -> N
         raise ValueError(msg)
     producer = new.producer()
     if not _renamable(new) or producer is None or producer.graph is not graph:
+        for use in tuple(old.uses()):  # the Identity is the last node: it comes after all of them
+            use.node.replace_input_with(use.idx, new)
         new = insert(graph, None, "Identity", (new,), dtype=old.dtype, shape=old.shape)
     new.type = old.type
     new.shape = None if old.shape is None else old.shape.copy()
@@ -280,6 +282,9 @@ def _take_name(old: ir.Value, new: ir.Value) -> None:
 def inherit_name(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
     """Let a constant made from another have its name, if nobody needs the other any more."""
     if old.name is None or not new.is_initializer() or new.is_graph_output():
+        return
+    producer = old.producer()
+    if producer is not None and producer.graph is not None:  # a Constant that is an output
         return
     fixed = old.uses() or old.is_graph_output() or old.is_graph_input()
     if graph.initializers.get(old.name) is old and not fixed:

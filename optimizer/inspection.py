@@ -70,10 +70,7 @@ def _provenance(model: ir.Model) -> dict[str, Any] | None:
     recipe = model.metadata_props.get("optimize.recipe")
     if recipe is None:
         return None
-    try:
-        return {"tool": model.producer_version, "recipe": json.loads(recipe)}
-    except json.JSONDecodeError:
-        return {"tool": model.producer_version, "recipe": None}
+    return {"tool": model.producer_version, "recipe": json.loads(recipe)}
 
 
 def _structure(model: ir.Model) -> dict[str, Any]:
@@ -90,13 +87,9 @@ def _structure(model: ir.Model) -> dict[str, Any]:
     }
 
 
-def _facts(model: ir.Model, key: str) -> dict[str, Any] | None:
-    """What a pass has noted in the metadata; None where nothing readable is."""
-    try:
-        content = json.loads(model.metadata_props.get(key, "null"))
-    except json.JSONDecodeError:
-        return None
-    return content if isinstance(content, dict) else None
+def _facts(model: ir.Model, key: str) -> Any:
+    """What a pass has noted in the metadata; None where nothing is."""
+    return json.loads(model.metadata_props.get(key, "null"))
 
 
 def _block(block: Block) -> dict[str, Any]:

@@ -17,11 +17,12 @@ from optimizer import frontends
 from optimizer.benchmark import BenchmarkResult, Setup, benchmark
 from optimizer.calibration import Calibration, input_specs
 from optimizer.errors import BudgetError, OptionError
-from optimizer.export.onnx_file import write_result, write_text
+from optimizer.export.onnx_file import manifest_path, write_result, write_text
 from optimizer.feeds import Sizes
 from optimizer.generation import self_samples
 from optimizer.listener import Listener, Silent
 from optimizer.model_io import BackgroundHashes, external_files, load_model
+from optimizer.model_tensors import belongs
 from optimizer.model_writer import ExternalData, check_output
 from optimizer.pipeline import Data, Run, require_data
 from optimizer.recipe import Recipe, to_toml
@@ -107,7 +108,12 @@ class Job:
             output = self._output(path)
             hashes = BackgroundHashes(protected if output is not None else ())
             if output is not None:
-                check_output(output, force=self.request.force, protected=protected)
+                check_output(
+                    output,
+                    force=self.request.force,
+                    protected=protected,
+                    beside=(manifest_path(output),),
+                )
             data = self.load_data(source)
             run = Run(
                 source,
@@ -182,7 +188,15 @@ class Job:
             return None
         path = Path(text)
         candidate = path.parent / f"{path.stem}.{_BESIDE[key]}.npz"
-        return candidate if candidate.is_file() else None
+        if not candidate.is_file():
+            return None
+        if not belongs(candidate.resolve(), path):
+            self.listener.note(
+                f"{candidate} is a link out of the model's folder, so it is not read; to use it, "
+                f"name it with --{_BESIDE[key]}"
+            )
+            return None
+        return candidate
 
     def _check_early(self) -> None:
         """What can be refused, or should be said, before the model is read."""
@@ -196,7 +210,8 @@ class Job:
             require_data(self.recipe, measured=self.request.evaluation is not None)
         output = self.request.output
         if output is not None and not self.request.dry_run:
-            check_output(output, force=self.request.force)
+            beside = (manifest_path(output),)
+            check_output(output, force=self.request.force, beside=beside)
         target = self.request.save_recipe
         if target is not None and target.exists() and not self.request.force:
             msg = f"--save-recipe: {target} exists; choose another name, or replace it with --force"

@@ -6,17 +6,22 @@ name in front. Only ``sort_nodes`` changes the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
+from optimizer.checks import onnx_problem
 from optimizer.errors import MissingDependencyError, ModelError, UnsupportedError
+from optimizer.graph import attribute_graphs, constant
+from optimizer.model_functions import all_nodes
 
 #: The newest opset the canonical dialect and the targets' forms are written for.
 MAX_OPSET = 24
+_TYPES = frozenset(dtype.value for dtype in ir.DataType if dtype is not ir.DataType.UNDEFINED)
 #: Domains whose operators ONNX Runtime brings along.
 RUNTIME_DOMAINS = ("com.microsoft", "com.microsoft.nchwc")
 #: Operators that ONNX Runtime adds to the standard domain, at any opset.
@@ -39,7 +44,6 @@ _WEIGHT_USERS = frozenset(
     }
 )
 _CHUNK = 1 << 18  # elements looked at together: fits a second-level cache
-_RAGGED = {ir.DataType.STRING, ir.DataType.UNDEFINED}
 
 
 def check_versions(model: ir.Model) -> None:
@@ -65,6 +69,92 @@ def check_versions(model: ir.Model) -> None:
         raise UnsupportedError(msg)
 
 
+def check_names(proto: onnx.ModelProto) -> None:
+    """Every value of a graph is defined once: afterwards a name stands for one value.
+
+    Raises:
+        ModelError: A name that two nodes, inputs or initializers share.
+    """
+    bodies: list[tuple[Sequence[str], Sequence[onnx.NodeProto]]] = [
+        (_given(proto.graph), proto.graph.node)
+    ]
+    bodies += [(tuple(function.input), function.node) for function in proto.functions]
+    while bodies:
+        given, nodes = bodies.pop()
+        known: set[str] = set()
+        written = (name for node in nodes for name in node.output if name)
+        for name in (*given, *written):
+            if name in known:
+                msg = f"defines value '{name}' twice; expected one node, input or initializer"
+                raise ModelError(msg)
+            known.add(name)
+        for node in nodes:
+            for attribute in node.attribute:
+                inner = (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs)
+                bodies += [(_given(graph), graph.node) for graph in inner]
+
+
+def _given(graph: onnx.GraphProto) -> tuple[str, ...]:
+    """Names of what a graph reads: inputs, and initializers that are not inputs with a default."""
+    inputs = [value.name for value in graph.input]
+    held = [tensor.name for tensor in graph.initializer]
+    held += [sparse.values.name for sparse in graph.sparse_initializer]
+    if "" in inputs or "" in held:
+        msg = f"holds an input or initializer without a name in graph '{graph.name}'"
+        raise ModelError(msg)
+    repeated = set(inputs)
+    return (*inputs, *(n for n in dict.fromkeys(held) if n not in repeated), *_doubles(held))
+
+
+def _doubles(names: Sequence[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+def check_nodes(model: ir.Model) -> None:
+    """Every node has what its operator requires, and the ONNX checker accepts it.
+
+    Raises:
+        ModelError: Names the node and what is wrong with it.
+    """
+    for node in model.graph.all_nodes():
+        if node.domain not in model.opset_imports:
+            msg = (
+                f"node '{node.name}' ({node.op_type}) is of domain '{node.domain}', for which the "
+                "model imports no operator set"
+            )
+            raise ModelError(msg)
+        if any(attribute.is_ref() for attribute in node.attributes.values()):
+            msg = f"node '{node.name}' ({node.op_type}) refers to an attribute of no function"
+            raise ModelError(msg)
+        _check_node(node, model.opset_imports)
+    for function in model.functions.values():
+        for node in function.all_nodes():
+            _check_node(node, function.opset_imports)
+    problem = onnx_problem(model)
+    if problem is not None:
+        raise ModelError(f"is not a valid model: {problem}")
+
+
+def _check_node(node: ir.Node, imports: Mapping[str, int]) -> None:
+    """What the ONNX checker leaves out: required inputs, and attributes that stand for a type."""
+    opset = imports.get(node.domain, 1)
+    if not onnx.defs.has(node.op_type, opset, node.domain):
+        return
+    schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
+    for index, formal in enumerate(schema.inputs):
+        required = formal.option == onnx.defs.OpSchema.FormalParameterOption.Single
+        if required and (index >= len(node.inputs) or node.inputs[index] is None):
+            msg = f"node '{node.name}' ({node.op_type}) lacks its input {index}, {formal.name}"
+            raise ModelError(msg)
+    if node.domain == "" and node.op_type == "Constant" and len(node.attributes) != 1:
+        msg = f"node '{node.name}' (Constant) has {len(node.attributes)} values, expected one"
+        raise ModelError(msg)
+    to = node.attributes.get("to") if node.domain == "" and node.op_type == "Cast" else None
+    if to is not None and not to.is_ref() and to.value not in _TYPES:
+        msg = f"node '{node.name}' (Cast) is to element type {to.value}, which does not exist"
+        raise ModelError(msg)
+
+
 def check_operators(model: ir.Model, custom_ops: Sequence[Path]) -> None:
     """Every operator is standard, of ONNX Runtime, a function of the model, or in a library.
 
@@ -73,8 +163,8 @@ def check_operators(model: ir.Model, custom_ops: Sequence[Path]) -> None:
         MissingDependencyError: An operator of a domain nobody here implements.
     """
     functions = {(identifier[0], identifier[1]) for identifier in model.functions}
-    for node in model.graph.all_nodes():
-        domain = "" if node.domain == "ai.onnx" else node.domain
+    for node in all_nodes(model):
+        domain = node.domain
         if (node.domain, node.op_type) in functions or domain in RUNTIME_DOMAINS:
             continue
         if domain not in STANDARD_DOMAINS:
@@ -102,7 +192,7 @@ def check_wiring(model: ir.Model) -> None:
     Raises:
         ModelError: A dangling input or output, or a cycle.
     """
-    for node in model.graph.all_nodes():
+    for node in all_nodes(model):
         for index, value in enumerate(node.inputs):
             if value is not None and not _is_defined(value):
                 msg = (
@@ -114,7 +204,8 @@ def check_wiring(model: ir.Model) -> None:
         if not _is_defined(value):
             msg = f"graph output '{value.name}' is not defined by any node"
             raise ModelError(msg)
-    cycle = find_cycle(model.graph)
+    graphs = (model.graph, *model.graph.subgraphs())
+    cycle = next((found for graph in graphs if (found := find_cycle(graph))), None)
     if cycle:
         names = " -> ".join(f"'{node.name or node.op_type}'" for node in cycle[:4])
         more = " -> ..." if len(cycle) > 4 else f" -> '{cycle[0].name or cycle[0].op_type}'"
@@ -129,10 +220,20 @@ def _is_defined(value: ir.Value) -> bool:
 def _reads(node: ir.Node) -> Iterator[ir.Value]:
     """The values a node reads, those of its subgraphs included."""
     yield from (value for value in node.inputs if value is not None)
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
-            for inner in attribute.as_graph():
-                yield from _reads(inner)
+    for graph in attribute_graphs(node):
+        for inner in graph.all_nodes():
+            yield from (value for value in inner.inputs if value is not None)
+        yield from graph.outputs
+
+
+def is_sorted(graph: ir.Graph) -> bool:
+    """Whether every node comes after those whose results it reads."""
+    seen: set[ir.Node] = set()
+    for node in graph:
+        if any(producer not in seen for producer in _before(node, graph)):
+            return False
+        seen.add(node)
+    return True
 
 
 def find_cycle(graph: ir.Graph) -> list[ir.Node]:
@@ -165,13 +266,10 @@ def sort_nodes(model: ir.Model) -> bool:
 
     The standard demands that order, runtimes do not, and some converters do not keep to it.
     """
-    written: set[ir.Node] = set()
-    for node in model.graph:
-        if any(before not in written for before in _before(node, model.graph)):
-            model.graph.sort()
-            return True
-        written.add(node)
-    return False
+    if all(map(is_sorted, (model.graph, *model.graph.subgraphs()))):
+        return False
+    model.graph.sort()
+    return True
 
 
 def _before(node: ir.Node, graph: ir.Graph) -> Iterator[ir.Node]:
@@ -179,27 +277,6 @@ def _before(node: ir.Node, graph: ir.Graph) -> Iterator[ir.Node]:
         producer = value.producer()
         if producer is not None and producer.graph is graph:
             yield producer
-
-
-def check_tensors(model: ir.Model) -> None:
-    """The bytes of every initializer fit its type and shape.
-
-    Raises:
-        ModelError: Missing or extra bytes, or a negative dimension.
-    """
-    for value in _initializers(model):
-        tensor = value.const_value
-        if not isinstance(tensor, ir.serde.TensorProtoTensor) or tensor.dtype in _RAGGED:
-            continue
-        raw = tensor.raw
-        dims = tuple(raw.dims)
-        held = len(raw.raw_data)
-        if any(dim < 0 for dim in dims) or (held and held != tensor.nbytes):
-            msg = (
-                f"initializer '{value.name}' of shape {list(dims)} and type {tensor.dtype.name} "
-                f"holds {held} bytes, expected {tensor.nbytes}"
-            )
-            raise ModelError(msg)
 
 
 def check_numbers(model: ir.Model) -> None:
@@ -210,8 +287,8 @@ def check_numbers(model: ir.Model) -> None:
     Raises:
         ModelError: With the tensor and how many of its numbers are not finite.
     """
-    for value in _initializers(model):
-        tensor = value.const_value
+    for value in (*_initializers(model), *_constants(model)):
+        tensor = value.const_value if value.is_initializer() else constant(value)
         if tensor is None or not tensor.dtype.is_floating_point() or tensor.dtype.bitwidth < 16:
             continue
         nan, infinite = _count_non_finite(tensor.numpy())
@@ -220,8 +297,9 @@ def check_numbers(model: ir.Model) -> None:
         is_weight = any(use.node.op_type in _WEIGHT_USERS for use in value.uses())
         if nan or (infinite and is_weight):
             what = f"{nan} NaN" if nan else f"{infinite} infinite"
+            kind = "initializer" if value.is_initializer() else "Constant"
             msg = (
-                f"initializer '{value.name}' {list(tensor.shape)} holds {what} of {tensor.size} "
+                f"{kind} '{value.name}' {list(tensor.shape)} holds {what} of {tensor.size} "
                 "numbers; expected finite weights: export the model again from a sound checkpoint"
             )
             raise ModelError(msg)
@@ -249,3 +327,9 @@ def _close(tensor: ir.ExternalTensor) -> None:
 def _initializers(model: ir.Model) -> Iterator[ir.Value]:
     for graph in (model.graph, *model.graph.subgraphs()):
         yield from graph.initializers.values()
+
+
+def _constants(model: ir.Model) -> Iterator[ir.Value]:
+    for node in all_nodes(model):
+        if node.op_type == "Constant" and node.domain == "" and len(node.outputs) == 1:
+            yield node.outputs[0]

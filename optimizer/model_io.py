@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import mmap
+import stat
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,8 +19,17 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
-from optimizer import model_input, onnx_wire
+from optimizer import model_input, notes, onnx_wire, sparse_input
 from optimizer.errors import ModelError, OptimizerError, OptionError
+from optimizer.model_functions import check_functions
+from optimizer.model_tensors import (
+    LFS_HEAD,
+    check_tensors,
+    external_files,
+    has_numbers,
+    map_external,
+    mapped,
+)
 from optimizer.model_writer import save_model, size_text
 
 __all__ = [
@@ -31,8 +42,10 @@ __all__ = [
 ]
 
 #: What the libraries below raise on bytes that are protobuf but make no sense.
-_DAMAGE = (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, RuntimeError)
-_LFS_HEAD = b"version https://git-lfs.github.com/spec/"
+_DAMAGE = (
+    *(TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, RuntimeError),
+    AssertionError,
+)
 
 
 def hash_file(path: Path) -> str:
@@ -94,19 +107,23 @@ def load_model(
         if not Path(library).is_file():
             msg = f"--custom-ops: file '{library}' does not exist"
             raise OptionError(msg)
-    _check_file(path)
     try:
+        _check_file(path)
         model = _read(path)
         model_input.check_versions(model)
+        check_functions(model)
         model_input.check_wiring(model)
         model_input.sort_nodes(model)
         model_input.check_operators(model, tuple(Path(library) for library in custom_ops))
-        model_input.check_tensors(model)
-        _check_external(model, path)
+        check_tensors(model)
+        model_input.check_nodes(model)
         if check_numbers:
             model_input.check_numbers(model)
     except OptimizerError as error:
         raise type(error)(f"{path}: {error}") from error
+    except OSError as error:
+        msg = f"{path}: cannot be read: {error.strerror or error}"
+        raise ModelError(msg) from error
     except _DAMAGE as error:
         reason = str(error).strip().partition("\n")[0][:200]
         msg = f"{path}: is damaged: {reason}; expected a model that onnx.checker accepts"
@@ -123,36 +140,97 @@ def _check_file(path: Path) -> None:
             advice = f"it holds {', '.join(inside[:3])}: name the file"
         else:
             advice = "expected an .onnx file"
-        msg = f"{path}: is a folder; {advice}"
+        msg = f"is a folder; {advice}"
         raise ModelError(msg)
     if not path.exists():
-        msg = (
-            f"{path}: there is no such file; expected an .onnx file, hf:FOLDER or "
-            "package.module:factory"
-        )
+        msg = "there is no such file; expected an .onnx file, hf:FOLDER or package.module:factory"
         raise ModelError(msg)
-    try:
-        with path.open("rb") as file:
-            head = file.read(len(_LFS_HEAD))
-    except OSError as error:
-        msg = f"{path}: cannot be read: {error.strerror}"
-        raise ModelError(msg) from error
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for, a device has no end
+        msg = "is not a plain file; expected an .onnx file"
+        raise ModelError(msg)
+    with path.open("rb") as file:
+        head = file.read(len(LFS_HEAD))
     if not head:
-        msg = f"{path}: is empty; expected an ONNX model"
+        msg = "is empty; expected an ONNX model"
         raise ModelError(msg)
-    if head == _LFS_HEAD:
-        msg = f"{path}: is a Git LFS pointer, not the model itself; fetch it with 'git lfs pull'"
+    if head == LFS_HEAD:
+        msg = "is a Git LFS pointer, not the model itself; fetch it with 'git lfs pull'"
         raise ModelError(msg)
 
 
 def _read(path: Path) -> ir.Model:
     """Parse the structure; large weights become tensors mapped from the file itself."""
+    proto, extents = _parse(path)
+    if not proto.HasField("graph") or not proto.ir_version:
+        msg = "holds no ONNX graph; expected a ModelProto with graph and ir_version"
+        raise ModelError(msg)
+    model_input.check_names(proto)
+    sparse_input.write_dense(proto)
+    try:
+        model: ir.Model = ir.from_proto(proto)
+    except MemoryError:
+        raise
+    except Exception as error:  # the library raises whatever the damage leads to
+        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
+        msg = f"is not a valid model: {reason[:300]}"
+        raise ModelError(msg) from error
+    _unify(model)
+    notes.drop_unreadable(model)
+    map_external(model, path)
+    place = path.parent.resolve() / path.name  # must outlive a change of the working directory
+    for extent in extents:
+        _map_initializer(model.graph.initializers[extent.name], extent, place)
+    return model
+
+
+def _unify(model: ir.Model) -> None:
+    """One way to say the same, of those that are about.
+
+    The standard domain has no name; an initializer is of the type of its tensor; a length that may
+    vary has no number, where some exporters write -1. Nodes that share a name get one each, because
+    ONNX Runtime takes them only so.
+    """
+    _name_apart(model.graph)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None:
+            dims = [None if isinstance(d, int) and d < 0 else d for d in value.shape]
+            value.shape = ir.Shape(dims)
+    roots: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for root in roots:
+        imports = root.opset_imports
+        if "ai.onnx" in imports:
+            imports.setdefault("", imports.pop("ai.onnx"))
+        for node in root.all_nodes():
+            if node.domain == "ai.onnx":
+                node.domain = ""
+        for graph in (root if isinstance(root, ir.Graph) else root.graph, *root.subgraphs()):
+            for value in graph.initializers.values():
+                tensor = value.const_value
+                if tensor is not None and not value.is_graph_input():
+                    value.type = ir.TensorType(tensor.dtype)
+                    value.shape = ir.Shape(tensor.shape.numpy())
+
+
+def _name_apart(graph: ir.Graph) -> None:
+    taken = {node.name for node in graph.all_nodes()}
+    numbers: dict[str, Iterator[int]] = {}
+    for node in graph.all_nodes():
+        name = node.name
+        if not name:
+            continue
+        if name not in numbers:
+            numbers[name] = itertools.count(1)
+            continue
+        node.name = next(f"{name}_{n}" for n in numbers[name] if f"{name}_{n}" not in taken)
+
+
+def _parse(path: Path) -> tuple[onnx.ModelProto, list[onnx_wire.Extent]]:
     proto = onnx.ModelProto()
     try:
         with (
             path.open("rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-            memoryview(mapped) as view,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+            memoryview(content) as view,
         ):
             structure, extents = onnx_wire.skeleton(view)
         proto.ParseFromString(structure)
@@ -162,124 +240,19 @@ def _read(path: Path) -> ir.Model:
             "expected a complete .onnx file"
         )
         raise ModelError(msg) from error
-    if not proto.HasField("graph") or not proto.ir_version:
-        msg = "holds no ONNX graph; expected a ModelProto with graph and ir_version"
-        raise ModelError(msg)
-    try:
-        model: ir.Model = ir.from_proto(proto)
-    except (ir.serde.SerdeError, ValueError, TypeError, KeyError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0][:300]
-        msg = f"is not a valid model: {reason}"
-        raise ModelError(msg) from error
-    folder = path.parent.resolve()  # the tensors must outlive a change of the working directory
-    ir.external_data.set_base_dir(model.graph, folder)
-    for extent in extents:
-        _map_initializer(model.graph.initializers[extent.name], extent, folder / path.name)
-    return model
+    return proto, extents
 
 
 def _map_initializer(value: ir.Value, extent: onnx_wire.Extent, path: Path) -> None:
     tensor = value.const_value
     assert tensor is not None  # noqa: S101 - an initializer of the file just read
+    if not isinstance(tensor, ir.serde.TensorProtoTensor) or has_numbers(tensor.raw):
+        msg = f"initializer '{extent.name}' holds its numbers twice; expected one place"
+        raise ModelError(msg)
     if extent.length != tensor.nbytes:
         msg = (
             f"initializer '{extent.name}' {list(tensor.shape)} of type {tensor.dtype.name} holds "
             f"{extent.length} bytes, expected {tensor.nbytes}"
         )
         raise ModelError(msg)
-    value.const_value = _mapped(path, extent.offset, extent.length, tensor, path.parent)
-
-
-def _mapped(
-    path: Path, offset: int, length: int, like: ir.TensorProtocol, folder: Path
-) -> ir.ExternalTensor:
-    # A file with several hard links is refused by ExternalTensor when it knows a base folder: who
-    # may write there could have linked a foreign file. We checked containment ourselves, and a
-    # hard link is how several package managers and caches store a file twice.
-    real = path.resolve()
-    inside = real.is_relative_to(folder.resolve()) and real.stat().st_nlink == 1
-    return ir.ExternalTensor(
-        location=str(path.relative_to(folder)) if inside else str(real),
-        offset=offset,
-        length=length,
-        dtype=like.dtype,
-        shape=ir.Shape(like.shape.numpy()),
-        name=like.name or "",
-        doc_string=like.doc_string,
-        base_dir=folder if inside else "",
-    )
-
-
-def _check_external(model: ir.Model, path: Path) -> None:
-    folder = path.parent.resolve()
-    checked: dict[str, int] = {}
-    for value, tensor in _external_tensors(model):
-        if not tensor.base_dir:
-            continue
-        location, offset, length = str(tensor.location), tensor.offset or 0, tensor.length
-        if location not in checked:
-            checked[location] = _check_data_file(location, folder, tensor.name or "")
-        if length is not None and length != tensor.nbytes:
-            msg = (
-                f"external data of '{tensor.name}' is {length} bytes, its type and shape need "
-                f"{tensor.nbytes}"
-            )
-            raise ModelError(msg)
-        if offset + tensor.nbytes > checked[location]:
-            msg = (
-                f"external data '{location}' is cut short: '{tensor.name}' needs bytes {offset} to "
-                f"{offset + tensor.nbytes}, the file has {checked[location]}; copy it again"
-            )
-            raise ModelError(msg)
-        if value is not None:
-            data = folder / location
-            value.const_value = _mapped(data, offset, tensor.nbytes, tensor, folder)
-
-
-def _check_data_file(location: str, folder: Path, name: str) -> int:
-    """Size of an external data file that exists and lies inside ``folder``."""
-    if not location or Path(location).is_absolute():
-        msg = (
-            f"initializer '{name}' names external data '{location}'; expected a path relative to "
-            "the model's folder"
-        )
-        raise ModelError(msg)
-    data = folder / location
-    real = data.resolve()
-    if not real.is_relative_to(folder):
-        how = "is a link to" if data.is_symlink() else "points to"
-        msg = (
-            f"external data '{location}' {how} '{real}', outside of the model's folder; expected "
-            "the data beside the model, so copy it there"
-        )
-        raise ModelError(msg)
-    if not real.is_file():
-        msg = (
-            f"external data '{location}' of initializer '{name}' is missing in {folder}; copy it "
-            "there together with the model"
-        )
-        raise ModelError(msg)
-    with real.open("rb") as file:
-        if file.read(len(_LFS_HEAD)) == _LFS_HEAD:
-            msg = f"external data '{location}' is a Git LFS pointer; fetch it with 'git lfs pull'"
-            raise ModelError(msg)
-    return real.stat().st_size
-
-
-def _external_tensors(model: ir.Model) -> Iterator[tuple[ir.Value | None, ir.ExternalTensor]]:
-    """All external tensors: of initializers with their value, of node attributes without."""
-    for graph in (model.graph, *model.graph.subgraphs()):
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                yield value, value.const_value
-    for node in model.graph.all_nodes():
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.TENSOR and isinstance(
-                attribute.value, ir.ExternalTensor
-            ):
-                yield None, attribute.value
-
-
-def external_files(model: ir.Model) -> tuple[Path, ...]:
-    """Every file the model's weights are mapped from, in order of first use."""
-    return tuple({Path(tensor.path).resolve(): None for _, tensor in _external_tensors(model)})
+    value.const_value = mapped(path, extent.offset, extent.length, tensor, path.parent)

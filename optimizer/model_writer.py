@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from optimizer import onnx_wire
 from optimizer.errors import ExportError, OptionError
+from optimizer.model_tensors import held_tensors, in_memory
 from optimizer.onnx_wire import Progress
 
 ExternalData: TypeAlias = Literal["auto", "always", "never"]
@@ -41,13 +42,16 @@ def data_path(path: Path) -> Path:
     return path.with_name(path.name + ".data")
 
 
-def check_output(path: Path, *, force: bool, protected: Sequence[Path] = ()) -> None:
+def check_output(
+    path: Path, *, force: bool, protected: Sequence[Path] = (), beside: Sequence[Path] = ()
+) -> None:
     """Refuse an output that would destroy something, before any work is done.
 
     Args:
-        path: Of the model to be written; its ``.data`` is looked at as well.
+        path: Of the model to be written.
         force: Existing files may be replaced, protected ones never.
         protected: The input model and its external data.
+        beside: Other files that will be written.
 
     Raises:
         OptionError: The folder is missing, the path is an input, or exists without ``force``.
@@ -61,15 +65,16 @@ def check_output(path: Path, *, force: bool, protected: Sequence[Path] = ()) -> 
         msg = f"output {path}: folder '{path.parent}' does not exist; create it first"
         raise OptionError(msg)
     inputs = {item.resolve() for item in protected}
-    for item in (path, data_path(path)):
+    for item in (path, data_path(path), *beside):
         if item.resolve() in inputs:
             msg = (
                 f"output {item} is the input itself, which is never overwritten; choose another -o"
             )
             raise OptionError(msg)
-    if path.exists() and not force:
-        msg = f"output {path} exists; choose another -o, or replace it with --force"
-        raise OptionError(msg)
+    for item in () if force else (path, *beside):
+        if item.exists() or item.is_symlink():  # a link that leads nowhere is somebody's too
+            msg = f"output {item} exists; choose another -o, or replace it with --force"
+            raise OptionError(msg)
 
 
 def save_model(
@@ -99,7 +104,6 @@ def save_model(
         ExportError: The system refused to write. Nothing is left behind.
     """
     path = Path(path)
-    check_output(path, force=force, protected=protected)
     streamed = _streamed(model)
     total = sum(tensor.nbytes for _, tensor in streamed)
     if external_data == "never" and total > _PROTOBUF_LIMIT:
@@ -110,7 +114,8 @@ def save_model(
         raise OptionError(msg)
     outside = external_data == "always" or (external_data == "auto" and total >= EXTERNAL_FROM)
     targets: tuple[Path, ...] = (path, data_path(path)) if outside else (path,)
-    with _complete_or_nothing(targets, total) as files:
+    check_output(path, force=force, protected=protected, beside=targets[1:])
+    with complete_or_nothing(targets, total) as files:
         if outside:
             _write_external(model, streamed, files[0], files[1], targets[1].name, progress)
         else:
@@ -174,36 +179,18 @@ def _small_in_memory(model: ir.Model, streamed: Container[ir.Value]) -> Iterator
 
     Nothing written may refer to the input's files.
     """
-    initializers = [
-        (value, value.const_value)
-        for graph in (model.graph, *model.graph.subgraphs())
-        for value in graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor) and value not in streamed
-    ]
-    attributes = [
-        (node, attribute)
-        for node in model.graph.all_nodes()
-        for attribute in node.attributes.values()
-        if isinstance(attribute.value, ir.ExternalTensor)
+    external = [
+        held
+        for held in held_tensors(model)
+        if isinstance(held.tensor, ir.ExternalTensor) and held.initializer not in streamed
     ]
     try:
-        for value, tensor in initializers:
-            value.const_value = _in_memory(tensor)
-        for node, attribute in attributes:
-            held = _in_memory(attribute.as_tensor())
-            node.attributes[attribute.name] = ir.AttrTensor(attribute.name, held)
+        for held in external:
+            held.replace(in_memory(held.tensor))
         yield
     finally:
-        for value, tensor in initializers:
-            value.const_value = tensor
-        for node, attribute in attributes:
-            node.attributes[attribute.name] = attribute
-
-
-def _in_memory(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    return ir.Tensor(
-        tensor.numpy(), dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name
-    )
+        for held in external:
+            held.replace(held.tensor)
 
 
 def _write_external(
@@ -240,15 +227,22 @@ def _write_inline(
 
 
 @contextlib.contextmanager
-def _complete_or_nothing(targets: Sequence[Path], size: int) -> Iterator[list[BinaryIO]]:
-    """Open a temporary file per target; rename all on success, remove all on any other way out."""
+def complete_or_nothing(targets: Sequence[Path], size: int) -> Iterator[list[BinaryIO]]:
+    """Open a temporary file per target; rename all on success, remove all on any other way out.
+
+    Raises:
+        ExportError: The system refused to write.
+    """
     temporary = [item.with_name(f".{item.name}.{os.getpid()}.tmp") for item in targets]
     with contextlib.ExitStack() as cleanup:
-        for item in temporary:
-            cleanup.callback(item.unlink, missing_ok=True)
         try:
             with contextlib.ExitStack() as open_files:
-                yield [open_files.enter_context(item.open("xb")) for item in temporary]
+                files: list[BinaryIO] = []
+                for item in temporary:
+                    # Exclusive: a link that somebody put there is not followed, nor removed.
+                    files.append(open_files.enter_context(item.open("xb")))
+                    cleanup.callback(item.unlink, missing_ok=True)
+                yield files
             # The data first: a model file whose data is not there yet would be a partial output.
             for item, target in reversed(list(zip(temporary, targets, strict=True))):
                 item.replace(target)

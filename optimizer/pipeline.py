@@ -196,7 +196,7 @@ class Run:
                     self.model, settings.target, kv_cache=settings.kv_cache, opset=settings.opset
                 )
                 rewritten = time.perf_counter()
-                checks.check_model(self.model, settings.target)
+                checks.check_model(self.model, settings.target, before)
             verdict, drift = self._verify_lowered(before, modified=result.modified)
         times = (rewritten - started, time.perf_counter() - rewritten)
         sizes = (size, size_of(self.model))

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from optimizer.errors import printable
 from optimizer.listener import Listener, Silent
 
 
@@ -44,10 +45,9 @@ class _Bar:
     def stage(self, title: str) -> None:
         """Show the stage with a fresh bar."""
         if self._verbose:
-            self._bar.console.print(
-                f"{time.perf_counter() - self._started:7.1f} s  {title}", style="dim", markup=False
-            )
-        self._bar.reset(self._task, description=title, total=None)
+            line = f"{time.perf_counter() - self._started:7.1f} s  {printable(title)}"
+            self._bar.console.print(line, style="dim", markup=False)
+        self._bar.reset(self._task, description=printable(title), total=None)
 
     def progress(self, done: int, total: int) -> None:
         """Fill the bar."""
@@ -55,11 +55,19 @@ class _Bar:
 
     def note(self, text: str) -> None:
         """Print above the bar."""
-        self._bar.console.print(text, highlight=False, markup=False)
+        self._bar.console.print(printable(text), highlight=False, markup=False)
+
+
+class _Printable(logging.Formatter):
+    """Messages that hold names of a model, on one line each."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        """Format without anything that a terminal obeys."""
+        return printable(super().formatMessage(record))
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
+    sys.stderr.write(f"{printable(text)}\n")
     sys.stderr.flush()
 
 
@@ -72,7 +80,9 @@ def start_listening(*, quiet: bool, verbose: bool) -> Iterator[Listener]:
         verbose: Say every stage, and let the library's log through.
     """
     if verbose:
-        logging.basicConfig(stream=sys.stderr, format="%(name)s: %(message)s")
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_Printable("%(name)s: %(message)s"))
+        logging.basicConfig(handlers=[handler])
         for package in ("optimizer", "passes"):
             logging.getLogger(package).setLevel(logging.DEBUG)
     if quiet:
@@ -84,7 +94,7 @@ def start_listening(*, quiet: bool, verbose: bool) -> Iterator[Listener]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    title = TextColumn("{task.description}", markup=False)  # names may hold brackets
+    title = TextColumn("{task.description}", markup=False)  # it may hold a name with brackets
     columns = (SpinnerColumn(), title, BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         yield _Bar(bar, verbose=verbose)

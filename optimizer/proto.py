@@ -7,7 +7,7 @@ as references to tensors that stay where they are.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -80,15 +80,36 @@ def skeleton(
         else:
             _write_reference(proto.graph.initializer.add(), name, tensor)
             large[name] = tensor
-    for node in graph if part is None else part.nodes:
+    nodes = graph if part is None else part.nodes
+    for node in nodes:
         ir.serde.serialize_node_into(
             proto.graph.node.add(), from_=node, model_ir_version=model.ir_version
         )
+    _write_widths(proto.graph, nodes)
     for function in model.functions.values():
         ir.serde.serialize_function_into(
             proto.functions.add(), from_=function, model_ir_version=model.ir_version
         )
     return proto, large
+
+
+def _write_widths(proto: onnx.GraphProto, nodes: Iterable[ir.Node]) -> None:
+    """Declare the last axis of computed values of Attention.
+
+    Shape inference of Attention-23 takes a width of V that it does not know for 0 (onnx 1.23, ONNX
+    Runtime 1.32), and refuses what reads the result.
+    """
+    attentions = (n for n in nodes if n.op_type == "Attention" and len(n.inputs) > 2)
+    for value in dict.fromkeys(node.inputs[2] for node in attentions):
+        if value is None or value.producer() is None or value.is_graph_output():
+            continue
+        if value.dtype is None or not value.shape or not isinstance(value.shape[-1], int):
+            continue
+        kind = proto.value_info.add(name=value.name).type.tensor_type
+        kind.elem_type = value.dtype.value
+        for _ in value.shape[:-1]:
+            kind.shape.dim.add()
+        kind.shape.dim.add(dim_value=value.shape[-1])
 
 
 def _write_interface(proto: onnx.GraphProto, graph: ir.Graph, outputs: Sequence[ir.Value]) -> None:

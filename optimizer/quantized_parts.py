@@ -232,8 +232,9 @@ def _reduces_rows(node: ir.Node) -> bool:
 def _restored(matmul: ir.Node, way: _Way) -> Linear | None:
     """The layer with what follows its product; None where rows are not multiplied back."""
     value, weight = rounded(matmul.outputs[0]), operands(matmul)[1]
+    columns = (dims(stored(weight)) or (0,))[-1]
     if way.gain is not None:
-        lost = _vector_added(value)
+        lost = _vector_added(value, columns)
         value = value if lost is None else lost.outputs[0]
         scale = _only(value, "Mul")
         if scale is None or other(scale, value) is not way.gain:
@@ -244,10 +245,10 @@ def _restored(matmul: ir.Node, way: _Way) -> Linear | None:
         product = None if add is None else node_of(other(add, value), "Mul")
         if add is None or product is None or way.middle not in operands(product):
             return None
-        if not _is_vector(other(product, way.middle)):
+        if dims(other(product, way.middle)) != (columns,):
             return None
         value = add.outputs[0]
-    last = _vector_added(value)
+    last = _vector_added(value, columns)
     bias = None if last is None else other(last, value)
     output = value if last is None else last.outputs[0]
     return Linear(matmul, last, way.source, weight, bias, output)
@@ -266,7 +267,7 @@ def _integer_product(matmul: ir.Node) -> Linear | None:
     if quantize.outputs[1] not in ((factor,) if product is None else operands(product)):
         return None
     value = scaled.outputs[0]
-    last = _vector_added(value)
+    last = _vector_added(value, (dims(weight) or (0,))[-1])
     bias = None if last is None else other(last, value)
     output = value if last is None else last.outputs[0]
     return Linear(matmul, last, operand(quantize), weight, bias, output)
@@ -298,10 +299,10 @@ def _only(value: ir.Value, op_type: str) -> ir.Node | None:
     return node if node is not None and node.op_type == op_type and node.domain == "" else None
 
 
-def _vector_added(value: ir.Value) -> ir.Node | None:
-    """The Add of a constant vector that alone reads ``value``."""
+def _vector_added(value: ir.Value, columns: int) -> ir.Node | None:
+    """The Add of a constant [N] that alone reads ``value``."""
     add = _only(value, "Add")
-    return add if add is not None and _is_vector(other(add, value)) else None
+    return add if add is not None and dims(other(add, value)) == (columns,) else None
 
 
 def _is_vector(value: ir.Value) -> bool:

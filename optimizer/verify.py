@@ -160,7 +160,13 @@ class _Comparison:
         return any(node.op_type in _ROUNDING for node in self.before.graph)
 
     def _ort(self, model: ir.Model, *, optimize: bool = True) -> Runner:
-        return OrtRunner(model, threads=self.threads, optimize=optimize, custom_ops=self.custom_ops)
+        return OrtRunner(
+            model,
+            threads=self.threads,
+            optimize=optimize,
+            exact=True,
+            custom_ops=self.custom_ops,
+        )
 
     def _cuts(self, max_memory: int | None) -> tuple[list[str], str]:
         """Names of values to cut both models at (none = run them whole), and what to say."""
@@ -269,7 +275,11 @@ class _Comparison:
                     if not part.outputs:
                         break
                     runner = OrtRunner(
-                        model, part=part, threads=self.threads, custom_ops=self.custom_ops
+                        model,
+                        part=part,
+                        threads=self.threads,
+                        exact=True,
+                        custom_ops=self.custom_ops,
                     )
                 types = {spec.name: spec.dtype for spec in runner.inputs}
                 feed = {n: known[n].astype(t) for n, t in types.items()}

@@ -113,11 +113,13 @@ def heads(model: ir.Model) -> RuleReport:
     return RuleReport(applied, report.skipped)
 
 
+#: The steps at which inference may fail, which the user is told.
+_TYPES = "types"
 STEPS: tuple[Step, ...] = (
     Step("inline", inline.run),
     Step("constants", constants.lift),
     Step("merge", cse.run),
-    Step("types", value_info.fill),
+    Step(_TYPES, value_info.fill),
     Step("clean", clean),
     Step("opset", opset.run),
     Step("clean", clean),
@@ -132,7 +134,7 @@ STEPS: tuple[Step, ...] = (
     Step("dynamic tanh", dynamic_tanh.run),
     Step("clean", clean),
     Step("heads", heads, opset=23),
-    Step("types", value_info.refresh),
+    Step(_TYPES, value_info.refresh),
 )
 
 
@@ -148,20 +150,29 @@ class Canonicalize(GraphPass[CanonicalizeOptions]):
     Options = CanonicalizeOptions
 
     def call(self, model: ir.Model, context: Context) -> Report:
-        """Run ``STEPS`` in order."""
+        """Run ``STEPS`` in order, and again until the types found at the end show nothing more."""
         with gate.using(context.gate):
-            return self._run(model)
+            return self._run(model, context)
 
-    def _run(self, model: ir.Model) -> Report:
+    def _run(self, model: ir.Model, context: Context) -> Report:
         counts: Counter[str] = Counter()
         skipped: dict[str, tuple[Miss, ...]] = {}
-        for step in STEPS:
-            if opset_of(model) < step.opset:
-                continue
-            with gate.labelled(step.name):
-                report = step.run(model)
-            counts[step.name] += report.applied
-            skipped[step.name] = report.skipped  # what the last run of the step still left alone
+        warned: dict[Miss, None] = {}
+        for number in range(_MAX_ROUNDS):
+            before = counts.total()
+            for step in STEPS:
+                if opset_of(model) < step.opset:
+                    continue
+                with gate.labelled(step.name):
+                    report = step.run(model)
+                counts[step.name] += report.applied
+                skipped[step.name] = report.skipped  # what the last run still left alone
+                if step.name == _TYPES:
+                    warned |= dict.fromkeys(report.skipped)
+            if number and counts.total() == before:
+                break
+        for miss in warned:
+            context.listener.note(f"{self.name}: {miss.site}: {miss.reason}")
         applied = counts.total()
         return Report(
             modified=applied > 0,

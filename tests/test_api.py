@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from conftest import token_samples
+from conftest import Outcome, token_samples
 
 from optimizer.api import compare, optimize
 from optimizer.errors import (
@@ -242,6 +243,18 @@ def test_two_files_are_compared(small: Path, tmp_path: Path) -> None:
     assert found.drift.relative_l2 == pytest.approx(1e-2, rel=0.01)
     assert "small.calibration.npz" in found.source
     assert compare(small, small).drift.relative_l2 == 0
+
+
+def test_data_beside_the_model_that_links_elsewhere_is_not_read(
+    small: Path, command: Callable[..., Outcome]
+) -> None:
+    folder = small.parent / "downloaded"
+    folder.mkdir()
+    model = small.rename(folder / "small.onnx")
+    (folder / "small.calibration.npz").symlink_to("../small.calibration.npz")
+    found = command(model, "--passes", SCALE)
+    assert "is not read; to use it, name it with --calibration" in found.err
+    assert compare(model, model).source == "made-up inputs"
 
 
 def test_the_result_runs_and_answers_the_same(small: Path) -> None:

@@ -163,6 +163,13 @@ def test_replacing_an_output_by_a_named_value_adds_an_identity(source):
     assert only(case, "Identity").inputs[0] is values[source]
 
 
+def test_what_reads_a_replaced_output_comes_before_the_identity_that_carries_it():
+    case = graph("y = Relu(x)  z = Tanh(y)", output="float[B,S,4] y, float[B,S,4] z")
+    graphs.replace_value(case.graph.outputs[0], case.graph.inputs[0])
+    assert only(case, "Tanh").inputs[0] is case.graph.inputs[0]
+    assert [node.op_type for node in case.graph] == ["Relu", "Tanh", "Identity"]
+
+
 def test_a_replacement_may_take_the_name():
     case = graph("a = Relu(x)  y = Tanh(a)")
     old = only(case, "Relu").outputs[0]

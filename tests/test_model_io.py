@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,22 @@ def test_external_data_that_links_out_of_the_folder_is_refused(tmp_path: Path) -
     assert "outside of the model's folder" in refusal(path)
 
 
+def test_a_cache_that_links_to_every_file_is_read(tmp_path: Path) -> None:
+    """As a download cache does: the model's own link leads to where its data lies."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for number, file in enumerate(external(tmp_path / "snapshot")):
+        file.rename(tmp_path / "blobs" / str(number))
+        file.symlink_to(f"../blobs/{number}")
+    model = load_model(tmp_path / "snapshot" / "model.onnx")
+    assert external_files(model) == (tmp_path / "blobs" / "1",)
+    link = tmp_path / "snapshot" / "model.onnx.data"
+    link.unlink()
+    (tmp_path / "secret").write_bytes((tmp_path / "blobs" / "1").read_bytes())
+    link.symlink_to("../secret")
+    assert "outside of the model's folder" in refusal(tmp_path / "snapshot" / "model.onnx")
+
+
 def test_a_cycle_is_named(tmp_path: Path) -> None:
     path = tmp_path / "cycle.onnx"
     nodes = [
@@ -530,3 +547,37 @@ def test_hashes_are_sha256(tmp_path: Path) -> None:
 )
 def test_sizes_are_readable(count: int, text: str) -> None:
     assert model_writer.size_text(count) == text
+
+
+def test_a_file_that_stands_where_ours_is_made_is_neither_followed_nor_removed(
+    tmp_path: Path,
+) -> None:
+    """Who may write to the folder could have put a link there."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    planted = tmp_path / f".m.onnx.{os.getpid()}.tmp"
+    planted.symlink_to(victim)
+    with pytest.raises(ExportError, match="File exists"):
+        save_model(models.build(), tmp_path / "m.onnx")
+    assert planted.is_symlink()
+    assert victim.read_text() == "precious"
+    assert not (tmp_path / "m.onnx").exists()
+
+
+def test_a_link_in_the_place_of_an_output_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "m.onnx"
+    victim.write_text("precious")
+    path.symlink_to(victim)
+    with pytest.raises(OptionError, match="--force"):
+        save_model(models.build(), path)
+    save_model(models.build(), path, force=True)
+    assert not path.is_symlink()
+    assert victim.read_text() == "precious"
+
+
+def test_external_data_that_exists_is_only_replaced_with_force(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx.data").write_text("precious")
+    with pytest.raises(OptionError, match=r"m\.onnx\.data exists"):
+        save_model(models.build(), tmp_path / "m.onnx", "always")
+    save_model(models.build(), tmp_path / "m.onnx")  # needs no such file
+    assert (tmp_path / "m.onnx.data").read_text() == "precious"

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantized import quantize
+from rule_case import graph, ops
 
 from optimizer import verify as verify_module
 from optimizer.calibration import input_specs
@@ -334,3 +335,18 @@ class TestQuantized:
         scale(after, name, 1.5)
         with pytest.raises(VerificationError, match="both in float64"):
             verify(model, after, Exactness.REASSOCIATED)
+
+
+def test_weights_alone_in_int8_are_compared_with_float_activations() -> None:
+    """Left alone, ONNX Runtime rounds the activations of a MatMul to 8 bits, of a Gemm not."""
+    codes = ", ".join(str(n) for n in np.random.default_rng(0).integers(-127, 128, 16))
+    before = graph(
+        "d = DequantizeLinear<axis = 0>(w, s)  y = Gemm<transB = 1>(x, d, b)",
+        inputs="float[S,4] x", output="float[S,4] y",
+        constants=f"int8[4,4] w = {{{codes}}}, float[4] s = {{0.013, 0.0102, 0.0094, 0.0093}}, "
+        "float[4] b = {0.1, 0.2, 0.3, 0.4}",
+    )  # fmt: skip
+    after = before.clone()
+    Canonicalize().call(after, Context())
+    assert "MatMul" in ops(after)
+    assert verify(before, after, Exactness.REASSOCIATED).metrics["error"] < 1e-6

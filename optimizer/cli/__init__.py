@@ -24,6 +24,7 @@ from optimizer.errors import (
     EXIT_INTERRUPTED,
     EXIT_USAGE,
     OptimizerError,
+    printable,
 )
 
 __all__ = ["cli", "main"]
@@ -144,7 +145,7 @@ def run_command(args: list[str]) -> int:
     except OptimizerError as error:
         if verbose and error.__cause__ is not None:
             _trace(error)
-        _complain(str(error))
+        _complain("\n".join((str(error), *getattr(error, "__notes__", ()))))
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         _complain("interrupted; nothing was written")
@@ -169,7 +170,7 @@ def run_command(args: list[str]) -> int:
 
 
 def _complain(text: str) -> None:
-    lines = [line for line in text.strip().splitlines() if line.strip()]
+    lines = [printable(line) for line in text.strip().split("\n") if line.strip()]
     click.echo("optimize: " + "\n".join(lines[:4]), err=True)
 
 

@@ -92,7 +92,8 @@ def run(model: str, **options: Any) -> int:
         try:
             result = optimize(model, passes, keep_missed=keep, listener=listener, **given)
         except VerificationError as error:
-            raise VerificationError(f"{error}\nnext: {bisect_words()}") from error
+            error.add_note(f"next: {bisect_words()}")
+            raise
     if as_json:
         screen.print_json(screen.result_as_dict(result))
     elif not quiet:

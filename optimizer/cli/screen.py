@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from optimizer.errors import printable
 from optimizer.metrics import Drift
 from optimizer.model_writer import size_text
 from optimizer.pass_base import Exactness, Skip
@@ -29,6 +30,12 @@ def console() -> Console:
     """Standard output; plain where it is no terminal or NO_COLOR is set."""
     terminal = sys.stdout.isatty()
     return Console(width=None if terminal else _WIDE, highlight=False, soft_wrap=not terminal)
+
+
+def plain(text: str) -> Text:
+    """Text to be printed as it is: no markup, and nothing that a terminal obeys."""
+    parts = text.split("\n")
+    return Text("\n".join(printable(part) for part in parts))
 
 
 def print_json(content: Any) -> None:
@@ -51,7 +58,7 @@ def print_result(result: Result, *, explain: bool, dry_run: bool) -> None:
     out, report = console(), result.report
     before = report.before
     out.print(
-        Text(
+        plain(
             f"{report.source}  {size_text(before.bytes)}  opset {report.opset}  "
             f"{before.nodes} nodes  ->  {result.recipe.settings.target}"
         )
@@ -59,20 +66,20 @@ def print_result(result: Result, *, explain: bool, dry_run: bool) -> None:
     narrow = out.width < _WIDE
     out.print(_table(report, narrow=narrow))
     for row in report.rows if narrow else ():
-        out.print(Text(f"  {row.name}: {_numbers(row)}"))
+        out.print(plain(f"  {row.name}: {_numbers(row)}"))
     for line in skip_lines(report.rows, every=explain):
-        out.print(Text(line))
+        out.print(plain(line))
     for line in _facts(report):
-        out.print(Text(line))
+        out.print(plain(line))
     if dry_run:
-        out.print(Text("dry run: nothing was written"))
+        out.print(plain("dry run: nothing was written"))
         return
     if result.path is not None:
         size = sum(item.stat().st_size for item in result.files[:-1])
         rest = "".join(f", {item.name}" for item in result.files[1:])
-        out.print(Text(f"wrote {result.path}{rest} ({size_text(size)})"))
+        out.print(plain(f"wrote {result.path}{rest} ({size_text(size)})"))
         against = f"{report.source} " if Path(report.source).is_file() else ""
-        out.print(Text(f"next: optimize bench {against}{result.path}"))
+        out.print(plain(f"next: optimize bench {against}{result.path}"))
 
 
 def _table(report: RunReport, *, narrow: bool) -> Table:
@@ -84,7 +91,7 @@ def _table(report: RunReport, *, narrow: bool) -> Table:
         table.add_column("numbers")
     for row in report.rows:
         cells = _cells(row)
-        table.add_row(*(Text(cell) for cell in (cells[:-1] if narrow else cells)))
+        table.add_row(*(plain(cell) for cell in (cells[:-1] if narrow else cells)))
     return table
 
 
@@ -185,7 +192,7 @@ def print_bench(result: BenchmarkResult) -> None:
     for timing in result.timings:
         low, high = timing.interval
         table.add_row(
-            Text(timing.label),
+            plain(timing.label),
             *(f"{ms:.3f} ms" for ms in (timing.median_ms, timing.min_ms, timing.p95_ms)),
             f"{timing.speedup:.2f}",
             f"{low:.2f} - {high:.2f}",
@@ -196,7 +203,7 @@ def print_bench(result: BenchmarkResult) -> None:
     shapes = ", ".join(f"{name} {list(shape)}" for name, shape in list(result.shapes.items())[:4])
     more = f", ... {len(result.shapes) - 4} more" if len(result.shapes) > 4 else ""
     out.print(
-        Text(
+        plain(
             f"{result.rounds} rounds, {result.threads} thread(s), {shapes}{more}\n"
             f"{result.machine['cpu']}, ONNX Runtime {result.machine['versions']['onnxruntime']}"
         )
@@ -232,7 +239,7 @@ def print_description(content: dict[str, Any]) -> None:
     if not content["blocks"] and not content["misses"]:
         lines += _grouped("not raised at {sites}: {reason}", content["not_raised"])
     for line in lines:
-        out.print(Text(line))
+        out.print(plain(line))
 
 
 def _grouped(text: str, items: Sequence[dict[str, str]]) -> list[str]:

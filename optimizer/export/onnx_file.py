@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from optimizer.errors import ExportError
 from optimizer.model_io import hash_file, save_model
-from optimizer.model_writer import ExternalData
+from optimizer.model_writer import ExternalData, complete_or_nothing
 from optimizer.onnx_wire import Progress
 
 
@@ -69,13 +67,6 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         ExportError: The system refused to write.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            temporary.write_text(text, "utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        msg = f"{path}: could not be written: {error.strerror or error}; nothing was kept"
-        raise ExportError(msg) from error
+    content = text.encode()
+    with complete_or_nothing((path,), len(content)) as (file,):
+        file.write(content)

@@ -88,7 +88,9 @@ def _lower(
         lowered = ort_cpu.lower(model)
         counts.update(lowered.counts)
         skipped.extend(lowered.skipped)
-    elif target.full_attention_mask:
+    if target.runtime == "onnxruntime":
+        counts["zero point"] = ort_cpu.drop_zero_points(model)
+    if target.full_attention_mask and not fast_cpu:
         counts["attention mask"] = ort_cpu.widen_masks(model)
     counts["opset"] = opset_rules.lower(model, opset)
     return {kind: count for kind, count in counts.items() if count}, skipped

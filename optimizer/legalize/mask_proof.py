@@ -232,6 +232,8 @@ def _is_positions(value: ir.Value) -> bool:
 def _fault(nodes: Sequence[ir.Node], roles: Roles) -> str | None:
     """Why the mask is no function of attention mask, positions and shapes alone."""
     for node in nodes:
+        if any(True for _ in graphs.attribute_graphs(node)):
+            return "its attention mask depends on control flow"
         if node.op_type in ("Shape", "Size"):
             continue
         for value in node.inputs:

@@ -19,10 +19,12 @@ from optimizer.legalize.mask_proof import cuts_tokens, find_roles
 from optimizer.nodes import by_constant
 from optimizer.pass_base import Skip
 from optimizer.raising.base import allow
-from optimizer.raising.dims import Shape
+from optimizer.raising.dims import Dim, Shape
 from optimizer.raising.shapes import Shapes
 
 _MASK = 3
+#: Changes of layout that ONNX Runtime moves a quantizer across.
+_MOVED = frozenset({"Flatten", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
 #: Scores further below the largest of their row than this are raised to it. exp(-60) = 9e-27: all
 #: cut-off keys together stay below the rounding of float32 (6e-8) up to 1e18 of them, and the
 #: probability stays a normal number (1.2e-38).
@@ -153,18 +155,43 @@ def widen_masks(model: ir.Model) -> int:
     shapes = Shapes()
     dims = [dim for value in model.graph.inputs for dim in value.shape or ()]
     names = frozenset(str(dim) for dim in dims if not isinstance(dim, int))
-    wide: dict[ir.Value, ir.Value] = {}
+    wide: dict[tuple[ir.Value, Dim | ir.Value], ir.Value] = {}
     for node in [n for n in model.graph if n.op_type == "Attention" and n.domain == ""]:
         mask = node.inputs[_MASK] if len(node.inputs) > _MASK else None
         query = node.inputs[0]
         if mask is None or query is None or _has_query_rows(shapes.of(mask), names):
             continue
-        if mask not in wide:
+        rows = shapes.of(query)
+        key = mask, query if rows is None else rows[-2]
+        if key not in wide:
             if not allow(str(mask.name), "attention mask"):
                 continue
-            wide[mask] = _widen(model.graph, node, mask, query)
+            wide[key] = _widen(model.graph, node, mask, query)
             count += 1
-        node.replace_input_with(_MASK, wide[mask])
+        node.replace_input_with(_MASK, wide[key])
+    return count
+
+
+def drop_zero_points(model: ir.Model) -> int:
+    """Leave out zero points of 0 where ONNX Runtime would move a pair across a change of layout.
+
+    From opset 21 on it gives the moved quantizer a zero point of another type, and then refuses the
+    model it made (1.32). Without one there is nothing to mistake.
+    """
+    count = 0
+    for node in model.graph:
+        if node.op_type != "DequantizeLinear" or node.domain != "" or len(node.inputs) < 3:
+            continue
+        zero = node.inputs[2]
+        moved = any(use.node.op_type in _MOVED for use in node.outputs[0].uses())
+        if zero is None or zero.dtype != ir.DataType.INT8 or not moved:
+            continue
+        numbers = graphs.const(zero)
+        if numbers is not None and not numbers.any() and allow(node, "zero point"):
+            node.resize_inputs(2)
+            count += 1
+    if count:
+        graphs.remove_dead(model)
     return count
 
 

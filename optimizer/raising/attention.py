@@ -16,6 +16,7 @@ Source:  Vaswani et al., Attention Is All You Need (2017), equation 1; Ainslie e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,6 +29,7 @@ from optimizer.raising import rotary
 from optimizer.raising import scores as spelled
 from optimizer.raising.base import Miss, RuleReport, attempt, site
 from optimizer.raising.cache import Cache, find_cache, without_repeats
+from optimizer.raising.dims import Shape
 from optimizer.raising.heads import Heads
 from optimizer.raising.masks import Masks
 from optimizer.raising.shapes import Shapes
@@ -80,13 +82,18 @@ def _raise_decomposed(state: _State, softmax: ir.Node) -> int | str:
         return 0
     if isinstance(found, str):
         return found
+    if found.scale <= 0:
+        return f"the scores are scaled by {found.scale:g}, the operator takes positive factors only"
     own = found.query.value.dtype
     weighted = spelled.weighted_values(found.result, None if found.precision is None else own)
     if isinstance(weighted, str):
         return weighted
-    mask = state.masks.combine(list(found.parts), softmax)
-    if isinstance(mask, str):
-        return mask
+    problem = state.masks.refusal(found.parts, state.shapes.of(found.product)) or _spread(
+        state, (found.query, found.keys, spelled.Side(weighted.values))
+    )
+    if problem is not None:
+        return problem
+    mask = state.masks.combine(found.parts, softmax)
     anchor, output = weighted.product, weighted.product.outputs[0]
     query, keys = (_in_order(state.graph, anchor, side) for side in (found.query, found.keys))
     made = graphs.insert(
@@ -107,6 +114,22 @@ def _raise_decomposed(state: _State, softmax: ir.Node) -> int | str:
         state.graph.remove(anchor, safe=True)
         graphs.replace_value(weighted.probabilities, results[3], keep_name=True)
     return 1
+
+
+def _spread(state: _State, sides: Sequence[spelled.Side]) -> str | None:
+    """Why queries, keys and values do not go together without the broadcasting of MatMul."""
+    shapes = [state.shapes.of(side.value) for side in sides]
+    known = [shape for shape in shapes if shape is not None and len(shape) == 4]
+    if len(known) < len(shapes):
+        return "the rank of the keys or values is not known to be 4"
+    ordered = [[s[axis] for axis in side.order] for s, side in zip(known, sides, strict=True)]
+    batches = [shape[0] for shape in ordered]
+    if 1 in batches and len(set(batches)) > 1:
+        return "queries, keys and values have different batches"
+    query, keys, values = (shape[1] for shape in ordered)
+    if keys != values or keys not in (1, query):
+        return f"{query} query, {keys} key and {values} value heads"
+    return None
 
 
 def _in_order(graph: ir.Graph, anchor: ir.Node, side: spelled.Side) -> ir.Value:
@@ -137,10 +160,10 @@ def _to_canonical(state: _State, node: ir.Node) -> int | str:
     if len(shape) != 4:
         return 0
     if all(is_complete_cache(value) for value in node.inputs[1:3]):
-        return _unscale(state, node)
+        return _unscale(state, node) + _fit_mask(state, node, shape)
     found = _site(state, node)
     if isinstance(found, str):
-        return found
+        return _fit_mask(state, node, shape) or found
     _rewrite(state, found)
     return 1
 
@@ -173,6 +196,16 @@ def _unscale(state: _State, node: ir.Node) -> int:
     scale = node.attributes.get_float("scale", float(query.size) ** -0.5)
     node.replace_input_with(0, split)
     node.attributes["scale"] = ir.AttrFloat32("scale", scale * factor)
+    return 1
+
+
+def _fit_mask(state: _State, node: ir.Node, shape: Shape) -> int:
+    """Give the mask of an Attention that stays 4-D the axis of its queries."""
+    mask = optional(node, 3)
+    fitted = None if mask is None else state.masks.fitted(mask, operand(node), shape[2], node, 2)
+    if fitted is None or fitted is mask:
+        return 0
+    node.replace_input_with(3, fitted)
     return 1
 
 

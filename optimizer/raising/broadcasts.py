@@ -17,14 +17,19 @@ import onnx_ir as ir
 
 from optimizer.graph import add_initializer, constant, insert, replace_value, scalar
 from optimizer.nodes import node_of, operand
-from optimizer.raising.base import LocalRule, RuleReport, sweep
+from optimizer.raising.base import LocalRule, RuleReport, opset_of, sweep
 from optimizer.raising.reshapes import bypass
 from optimizer.raising.shape_rules import axes_of
 from optimizer.raising.shapes import Shapes
 
+#: Since then Unsqueeze takes its axes as an input.
+_OPSET = 13
+
 
 def run(model: ir.Model) -> RuleReport:
-    """Apply the rules to the main graph."""
+    """Apply the rules to the main graph; what they write exists from opset 13 on."""
+    if opset_of(model) < _OPSET:
+        return RuleReport()
     shapes = Shapes()
     rules: dict[str, LocalRule] = {
         "GatherND": lambda node: _gather(shapes, node),

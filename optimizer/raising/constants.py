@@ -9,6 +9,7 @@ Exactness:    as the operator; the numbers come from ONNX's reference implementa
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -27,26 +28,30 @@ from optimizer.graph import (
 from optimizer.raising.base import RuleReport, allow, attempt, opset_of
 from optimizer.raising.shapes import Shapes
 
+#: Bytes that all folded results together may add.
+TOTAL_GROWTH = 1 << 26
 #: Bytes one folded result may add. A mask or position table of a short static sequence fits, a
 #: weight expanded from a smaller one (dequantized, tiled, widened) does not.
 GROWTH_LIMIT = 1 << 16
 #: Results up to this size are computed at once, larger ones each time they are read.
 EAGER_LIMIT = 1 << 16
 
-#: Drawing numbers is not deterministic, and a dequantized weight is the point of a quantized model.
-_KEEP = frozenset(
+#: A dequantized weight is the point of a quantized model.
+_KEEP = frozenset({"Constant", "DequantizeLinear", "Dropout"})
+#: Operators that give not much more than they get: these may be tried where the size of the result
+#: is not known. What any other gives could fill the memory, or take for ever.
+_BOUNDED = frozenset(
     {
-        "Bernoulli",
-        "Constant",
-        "DequantizeLinear",
-        "Dropout",
-        "Multinomial",
-        "RandomNormal",
-        "RandomNormalLike",
-        "RandomUniform",
-        "RandomUniformLike",
+        "ArgMax", "ArgMin", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "CastLike",
+        "Compress", "Concat", "CumSum", "DepthToSpace", "Gather", "GatherElements", "GatherND",
+        "Hardmax", "IsInf", "IsNaN", "NonZero", "ReduceL1", "ReduceL2", "ReduceLogSum",
+        "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum",
+        "ReduceSumSquare", "Reshape", "ScatterElements", "ScatterND", "Shape", "Size", "Slice",
+        "SpaceToDepth", "Split", "Squeeze", "TopK", "Transpose", "Trilu", "Unsqueeze",
     }
-)
+)  # fmt: skip
+#: Where a graph keeps the bytes that folding has added to it.
+_SPENT = "optimize.folded_bytes"
 #: Their result is still the same weight, and keeps its name.
 _SAME_NUMBERS = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 
@@ -58,14 +63,12 @@ def lift(model: ir.Model) -> RuleReport:
 
 def run(model: ir.Model) -> RuleReport:
     """Compute what depends on constants alone."""
-    opset, shapes = opset_of(model), Shapes()
-    return RuleReport(
-        sum(
-            attempt(node, _fold, model.graph, node, opset, shapes)
-            for node in model.graph
-            if _foldable(node)
-        )
-    )
+    opset, shapes, graph = opset_of(model), Shapes(), model.graph
+    count = 0
+    for node in graph:
+        if graph.meta.get(_SPENT, 0) < TOTAL_GROWTH and _foldable(node):
+            count += attempt(node, _fold, graph, node, opset, shapes)
+    return RuleReport(count)
 
 
 def make_initializer(graph: ir.Graph, value: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:
@@ -113,23 +116,27 @@ def _foldable(node: ir.Node) -> bool:
     )
 
 
-def _fold(graph: ir.Graph, node: ir.Node, opset: int, shapes: Shapes) -> int:
-    limit = max(GROWTH_LIMIT, _freed_bytes(node))
+def _fold(graph: ir.Graph, node: ir.Node, opset: int, shapes: Shapes) -> bool:
+    """Replace a node by its results."""
+    freed = _freed_bytes(node)
+    limit = max(GROWTH_LIMIT, freed)
+    size = _result_bytes(node, shapes)
     known = _static_types(node, shapes)
-    size = None if known is None else sum(_nbytes(dtype, shape) for dtype, shape in known)
-    if known is not None and size is not None and size > EAGER_LIMIT:
-        if size > limit:
-            return 0
+    if size is not None and size > EAGER_LIMIT:
+        if size > limit or known is None:
+            return False
         tensors: list[ir.TensorProtocol] = [
             _lazy_output(node, index, opset, *known[index]) for index in range(len(node.outputs))
         ]
     else:
         read = sum(tensor.nbytes for v in node.inputs if (tensor := constant(v)) is not None)
-        if size is None and read > EAGER_LIMIT:
-            return 0
+        if size is None and (read > EAGER_LIMIT or node.op_type not in _BOUNDED):
+            return False
         arrays = evaluate(node, opset)
         if arrays is None or sum(array.nbytes for array in arrays) > limit:
-            return 0
+            return False
+        if not all(map(_is_finite, arrays)) and all(map(_is_finite, _operands(node))):
+            return False  # a model with such constants would be refused as damaged
         tensors = [ir.Tensor(array) for array in arrays]
     made = [
         make_initializer(graph, output, tensor)
@@ -139,7 +146,40 @@ def _fold(graph: ir.Graph, node: ir.Node, opset: int, shapes: Shapes) -> int:
     graph.remove(node, safe=True)
     if node.op_type in _SAME_NUMBERS and source is not None:
         inherit_name(graph, source, made[0])
-    return 1
+    added = sum(tensor.nbytes for tensor in tensors) - freed
+    graph.meta[_SPENT] = graph.meta.get(_SPENT, 0) + max(0, added)
+    return True
+
+
+def _operands(node: ir.Node) -> Iterator[np.ndarray]:
+    for value in node.inputs:
+        tensor = constant(value)
+        if tensor is not None:
+            yield tensor.numpy()
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    """Whether no number is infinite or NaN; integers and strings are none of both."""
+    floating = array.dtype.kind in "fV" and array.dtype.names is None
+    return not floating or bool(np.isfinite(array.astype(np.float64)).all())
+
+
+def _static_shape(value: ir.Value, shapes: Shapes) -> tuple[int, ...] | None:
+    """The shape, where all of it is proven; what a model declares of it may be wrong."""
+    shape = shapes.of(value)
+    sizes = tuple(dim for dim in shape or () if isinstance(dim, int))
+    return sizes if shape is not None and len(sizes) == len(shape) else None
+
+
+def _result_bytes(node: ir.Node, shapes: Shapes) -> int | None:
+    """Bytes of all outputs, None where a shape is not known."""
+    total = 0
+    for output in node.outputs:
+        shape = _static_shape(output, shapes)
+        if shape is None:
+            return None
+        total += _nbytes(output.dtype, shape)
+    return total
 
 
 def _static_types(
@@ -148,20 +188,17 @@ def _static_types(
     """Element types and shapes of all outputs, None unless all of them are numbers."""
     known: list[tuple[ir.DataType, tuple[int, ...]]] = []
     for output in node.outputs:
-        dtype, shape = output.dtype, shapes.of(output)
-        if shape is None and output.shape is not None and output.shape.is_static():
-            shape = output.shape.numpy()
-        if shape is None or dtype is None or dtype == ir.DataType.STRING:
+        dtype, shape = output.dtype, _static_shape(output, shapes)
+        if shape is None or dtype in (None, ir.DataType.STRING, ir.DataType.UNDEFINED):
             return None
-        sizes = tuple(dim for dim in shape if isinstance(dim, int))
-        if len(sizes) != len(shape):
-            return None
-        known.append((dtype, sizes))
+        known.append((ir.DataType(dtype), shape))
     return known
 
 
-def _nbytes(dtype: ir.DataType, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * dtype.bitwidth // 8
+def _nbytes(dtype: ir.DataType | None, shape: tuple[int, ...]) -> int:
+    """Bytes of numbers; eight each where their type says nothing about it."""
+    known = dtype is not None and dtype not in (ir.DataType.STRING, ir.DataType.UNDEFINED)
+    return math.prod(shape) * (dtype.bitwidth if known else 64) // 8  # type: ignore[union-attr]
 
 
 def _freed_bytes(node: ir.Node) -> int:

@@ -25,6 +25,7 @@ from optimizer import graph as graphs
 from optimizer.nodes import dims, operand, optional
 from optimizer.raising.base import LocalRule, Miss, RuleReport, site, sweep
 from optimizer.raising.contrib import DOMAIN, Pen, output
+from optimizer.raising.dims import Dim
 from optimizer.raising.masks import Masks, Part
 from optimizer.raising.shapes import Shapes
 
@@ -40,6 +41,10 @@ def run(model: ir.Model) -> RuleReport:
         "RotaryEmbedding": lambda node: _rotary(node, shapes),
     }
     return sweep(model, rules, DOMAIN)
+
+
+#: Input that says which keys count, of each operator.
+_MASKS = {"Attention": 3, "MultiHeadAttention": 4}
 
 
 @dataclass(frozen=True)
@@ -72,32 +77,23 @@ def _multi_head(here: _Site) -> bool | Miss:
     ranks = [len(v.shape) if v.shape is not None else 3 for v in (query, key, value)]
     if ranks[0] != 3 or ranks[1] != ranks[2] or ranks[1] not in (3, 4):
         return here.miss("its queries, keys and values are packed")
-    sides = [query, key, value]
-    if bias is not None:
-        widths = _widths(here, sides, bias, complete=ranks[1] == 4)
-        if isinstance(widths, Miss):
-            return widths
-        sides = [_shifted(pen, v, bias, part) for v, part in zip(sides, widths, strict=True)]
-    past = [optional(node, 6), optional(node, 7)]
-    if ranks[1] == 4:
-        return _over_cache(here, sides, past)
-    return _attend(here, sides, past, optional(node, 4), optional(node, 5))
-
-
-def _widths(
-    here: _Site, sides: list[ir.Value], bias: ir.Value, *, complete: bool
-) -> list[tuple[int, int] | None] | Miss:
-    """Which numbers of the bias belong to queries, keys and values."""
-    size = dims(bias)
-    width = (here.shapes.of(sides[0]) or (None,))[-1]
+    sides, past = [query, key, value], [optional(node, 6), optional(node, 7)]
+    size, width = None if bias is None else dims(bias), (here.shapes.of(query) or (None,))[-1]
     if not isinstance(width, int) and size is not None and size[0] % 3 == 0:
         width = size[0] // 3
-    if size is None or len(size) != 1 or not isinstance(width, int):
+    if not isinstance(width, int) or (bias is not None and (size is None or len(size) != 1)):
         return here.miss("the biases of its projections are not constant")
-    first = (0, width)
-    if complete:  # keys and values in a cache have theirs already
-        return [first, None, None]
-    return [first, (width, 2 * width), (2 * width, size[0])]
+    complete = ranks[1] == 4  # keys and values in a cache have their bias already
+    problem = _cache_refusal(here, key, past) if complete else _refusal(here, key, width)
+    if problem is not None:
+        return here.miss(problem)
+    if bias is not None and size is not None:
+        ends = [(0, width), (width, 2 * width), (2 * width, size[0])][: 1 if complete else 3]
+        biased = [_shifted(pen, v, bias, part) for v, part in zip(sides, ends, strict=False)]
+        sides = [*biased, *sides[len(biased) :]]
+    if complete:
+        return _over_cache(here, sides)
+    return _attend(here, sides, width, past, (optional(node, 4), optional(node, 5)))
 
 
 def _columns(pen: Pen, weights: ir.Value, start: int, end: int) -> ir.Value:
@@ -107,21 +103,22 @@ def _columns(pen: Pen, weights: ir.Value, start: int, end: int) -> ir.Value:
     return graphs.add_initializer(pen.graph, f"{weights.name}_{start}", tensor)
 
 
-def _shifted(pen: Pen, value: ir.Value, bias: ir.Value, part: tuple[int, int] | None) -> ir.Value:
-    if part is None:
-        return value
+def _shifted(pen: Pen, value: ir.Value, bias: ir.Value, part: tuple[int, int]) -> ir.Value:
     return pen.put("Add", (value, _columns(pen, bias, *part)), name=f"{value.name}_biased")
 
 
-def _over_cache(here: _Site, sides: list[ir.Value], past: Sequence[ir.Value | None]) -> bool | Miss:
+def _cache_refusal(here: _Site, keys: ir.Value, past: Sequence[ir.Value | None]) -> str | None:
+    if any(value is not None for value in past) or optional(here.node, 4) is not None:
+        return "a mask or a cache beside keys and values that are complete"
+    size = (here.shapes.of(keys) or (None,))[-1]
+    return None if isinstance(size, int) and here.heads else "the size of its heads is not known"
+
+
+def _over_cache(here: _Site, sides: list[ir.Value]) -> bool:
     """Queries [B, S, H*c] over keys and values [B, H, T, c] that are complete."""
     node, pen = here.node, here.pen
-    if any(value is not None for value in past) or optional(node, 4) is not None:
-        return here.miss("a mask or a cache beside keys and values that are complete")
-    shape = here.shapes.of(sides[1])
-    size = None if shape is None else shape[-1]
-    if not isinstance(size, int) or not here.heads:
-        return here.miss("the size of its heads is not known")
+    size = (here.shapes.of(sides[1]) or (None,))[-1]
+    assert isinstance(size, int)  # noqa: S101 - else it was refused
     split = pen.put("Reshape", (sides[0], pen.integers(0, 0, here.heads, size)))
     query = pen.put("Transpose", (split,), {"perm": [0, 2, 1, 3]})
     attributes = _attributes(node, size)
@@ -148,6 +145,9 @@ def _packed(here: _Site) -> bool | Miss:
     if node.attributes.get_int("past_present_share_buffer", 0) or optional(node, 6) is not None:
         return here.miss("its cache is filled in place")
     sizes = list(node.attributes.get_ints("qkv_hidden_sizes", [shape[1] // 3] * 3))
+    problem = _refusal(here, x, sizes[0])
+    if problem is not None:
+        return here.miss(problem)
     starts = [0, sizes[0], sizes[0] + sizes[1]]
     sides = []
     for start, size in zip(starts, sizes, strict=True):
@@ -159,32 +159,46 @@ def _packed(here: _Site) -> bool | Miss:
     if past is not None:
         places = [pen.constant("place", np.array(index, np.int64)) for index in (0, 1)]
         pair = [pen.put("Gather", (past, place), {"axis": 0}) for place in places]
-    return _attend(here, sides, pair, optional(node, 3), optional(node, 5))
+    return _attend(here, sides, sizes[0], pair, (optional(node, 3), optional(node, 5)))
+
+
+def _refusal(here: _Site, keys: ir.Value, width: Dim | None) -> str | None:
+    """Why there is no standard Attention, to be asked before anything is written.
+
+    Args:
+        here: The site.
+        keys: [B, T, ..], what they are made of included.
+        width: Of all heads of the queries.
+    """
+    if not isinstance(width, int) or not here.heads or width % here.heads:
+        return "the size of its heads is not known"
+    if here.shapes.of(operand(here.node)) is None:
+        return "the rank of its queries is not known"
+    mask = optional(here.node, _MASKS[here.node.op_type])
+    if mask is None:
+        return None
+    shape, batch = here.shapes.of(mask), (here.shapes.of(keys) or (None,))[0]
+    if shape is None or len(shape) not in (1, 2, 3):
+        return "its mask is neither of flags nor of lengths"
+    return "its mask is not one length per row" if len(shape) == 1 and shape[0] != batch else None
 
 
 def _attend(
     here: _Site,
     sides: list[ir.Value],
+    width: int,
     past: Sequence[ir.Value | None],
-    mask: ir.Value | None,
-    added: ir.Value | None,
-) -> bool | Miss:
+    masks: tuple[ir.Value | None, ir.Value | None],
+) -> bool:
     """Write the Attention of queries, keys and values in 3-D form."""
     node, pen = here.node, here.pen
-    width = (here.shapes.of(sides[0]) or (None,))[-1]
-    if not isinstance(width, int) or not here.heads or width % here.heads:
-        return here.miss("the size of its heads is not known")
+    mask, added = masks
     parts = [] if added is None else [Part(added)]
     if mask is not None:
-        kept = _kept(here, mask, sides[1], past[0])
-        if isinstance(kept, str):
-            return here.miss(kept)
-        parts.append(Part(kept, keeps=True))
+        parts.append(Part(_kept(here, mask, sides[1], past[0]), keeps=True))
     if node.attributes.get_int("unidirectional", 0):
         parts.append(Part(_causal(pen, sides[0], past[0]), keeps=True))
     combined = _combined(here, sides[0], parts)
-    if isinstance(combined, str):
-        return here.miss(combined)
     inputs: list[ir.Value | None] = [*sides, combined]
     caches = any(value is not None for value in past)
     if caches:
@@ -212,25 +226,20 @@ def _attend(
     return True
 
 
-def _combined(here: _Site, query: ir.Value, parts: list[Part]) -> ir.Value | str | None:
-    """One mask with the queries' axis written out, None without any, or why there is none."""
+def _combined(here: _Site, query: ir.Value, parts: list[Part]) -> ir.Value | None:
+    """One mask with the queries' axis written out, None without any."""
     mask = here.masks.combine(parts, here.node)
     shape = here.shapes.of(query)
-    if mask is None or isinstance(mask, str) or shape is None:
+    if mask is None or shape is None:
         return mask
     return here.masks.fitted(mask, query, shape[1], here.node)
 
 
-def _kept(here: _Site, mask: ir.Value, keys: ir.Value, past: ir.Value | None) -> ir.Value | str:
+def _kept(here: _Site, mask: ir.Value, keys: ir.Value, past: ir.Value | None) -> ir.Value:
     """The bool mask, broadcastable to [B, H, S, T], of flags or of lengths."""
     pen = here.pen
-    shape = here.shapes.of(mask)
-    if shape is None or len(shape) not in (1, 2, 3):
-        return "its mask is neither of flags nor of lengths"
-    batch = (here.shapes.of(keys) or (None,))[0]
+    shape = here.shapes.of(mask) or ()
     if len(shape) == 1:
-        if shape[0] != batch:
-            return "its mask is not one length per row"
         total = _count(pen, keys, past)
         zero, one = (pen.constant("number", np.array(n, np.int64)) for n in (0, 1))
         places = pen.put("Range", (zero, total, one))

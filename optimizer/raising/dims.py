@@ -13,14 +13,26 @@ Polynomial = tuple[tuple[tuple[str, ...], int], ...]
 Dim = int | Polynomial
 Shape = tuple[Dim, ...]
 
+#: No size of a tensor is larger, no product of more sizes or sum of more products is one; a graph
+#: that squares a size again and again would fill the memory with what is none.
+_MAX_SIZE, _MAX_DEGREE, _MAX_TERMS = 2**63 - 1, 16, 64
+
 
 def add(left: Dim, right: Dim) -> Dim:
-    """The sum of two dimensions."""
+    """The sum of two dimensions.
+
+    Raises:
+        ValueError: It is beyond every size of a tensor.
+    """
     return _from_terms([*_terms(left), *_terms(right)])
 
 
 def multiply(left: Dim, right: Dim) -> Dim:
-    """The product of two dimensions."""
+    """The product of two dimensions.
+
+    Raises:
+        ValueError: It is beyond every size of a tensor.
+    """
     return _from_terms(
         (tuple(sorted(a + b)), x * y) for a, x in _terms(left) for b, y in _terms(right)
     )
@@ -77,6 +89,11 @@ def _from_terms(terms: Iterable[tuple[tuple[str, ...], int]]) -> Dim:
     for names, count in terms:
         total[names] = total.get(names, 0) + count
     kept = tuple(sorted((names, count) for names, count in total.items() if count))
+    if len(kept) > _MAX_TERMS or any(
+        len(names) > _MAX_DEGREE or abs(count) > _MAX_SIZE for names, count in kept
+    ):
+        msg = "a dimension grows without bounds"
+        raise ValueError(msg)
     if not kept:
         return 0
     return kept[0][1] if len(kept) == 1 and not kept[0][0] else kept

@@ -16,11 +16,12 @@ from optimizer.raising.base import Miss, RuleReport, allow, opset_of
 
 def run(model: ir.Model) -> RuleReport:
     """Inline every function and forget the definitions."""
-    version = opset_of(model)
+    imports = {"": opset_of(model), **model.opset_imports}
     misses = tuple(
-        Miss(name, f"the function is written for opset {own}, the model for {version}")
+        Miss(name, f"the function is written for {_named(domain)} {own}, the model for {version}")
         for (_, name, _), function in model.functions.items()
-        if (own := function.opset_imports.get("", version)) != version
+        for domain, own in function.opset_imports.items()
+        if (version := imports.get(domain, own)) != own
     )
     if misses or not model.functions or not allow("functions"):
         return RuleReport(0, misses)
@@ -32,3 +33,7 @@ def run(model: ir.Model) -> RuleReport:
     for domain in [domain for domain in model.graph.opset_imports if domain not in used]:
         del model.graph.opset_imports[domain]
     return RuleReport(count)
+
+
+def _named(domain: str) -> str:
+    return f"version of domain '{domain}'" if domain else "opset"

@@ -11,6 +11,7 @@ that is padding, has such a row, and no valid token reads it, because padding is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ import onnx_ir as ir
 
 from optimizer import graph as graphs
 from optimizer.nodes import node_of, operand
-from optimizer.raising.dims import Dim
+from optimizer.raising.dims import Dim, Shape
 from optimizer.raising.shapes import Shapes
 
 _DTYPES = {"And": ir.DataType.BOOL, "Not": ir.DataType.BOOL, "Shape": ir.DataType.INT64}
@@ -69,6 +70,14 @@ def _chosen(value: ir.Value) -> tuple[ir.Value, bool] | None:
     return None
 
 
+def _may_widen(size: Dim, mask: Dim) -> bool:
+    """Whether a mask of this length could broadcast scores of this one, for some feed.
+
+    Two different names are taken for the same length, of which only the proof is missing.
+    """
+    return mask not in (1, size) and (size == 1 or isinstance(mask, int))
+
+
 class Masks:
     """Combines mask parts, each combination only once per graph.
 
@@ -80,20 +89,36 @@ class Masks:
         self._shapes = shapes
         self._made: dict[object, ir.Value] = {}
 
-    def combine(self, parts: list[Part], anchor: ir.Node) -> ir.Value | str | None:
-        """One mask value of ``parts`` (None without any), or why there is none."""
+    def refusal(self, parts: Sequence[Part], scores: Shape | None) -> str | None:
+        """Why ``combine`` cannot be asked for one mask of ``parts``; nothing is written.
+
+        Args:
+            parts: Of one attention.
+            scores: [B, H, S, T].
+        """
+        if not parts:
+            return None
+        shapes = [self._shapes.of(part.value) for part in parts]
+        whole = self._shapes.broadcast(parts[0].value, shapes)
+        if whole is None or scores is None or len(whole) > 4:
+            return "the rank of the mask is not known"
+        padded = (1,) * (len(scores) - len(whole)) + whole
+        if padded[-1] == 1 != scores[-1]:
+            return "the mask does not span the keys"
+        if any(map(_may_widen, scores, padded)):
+            return "the mask may have more rows or heads than the scores"
+        return None
+
+    def combine(self, parts: Sequence[Part], anchor: ir.Node) -> ir.Value | None:
+        """One mask value of ``parts``, for which ``refusal`` found nothing; None without any."""
         bools: list[ir.Value] = []
         floats: list[ir.Value] = []
-        for part in dict.fromkeys(parts):
+        for part in parts:
             condition = self._condition(part, anchor)
             (floats if condition is None else bools).append(
                 part.value if condition is None else condition
             )
-        for value in (*bools, *floats):
-            shape = self._shapes.of(value)
-            if shape is None or len(shape) > 4:
-                return "the rank of the mask is not known"
-        keep = self._chain(bools, "And", anchor)
+        keep = self._chain(list(dict.fromkeys(bools)), "And", anchor)
         added = self._chain(floats, "Add", anchor)
         if keep is None or added is None:
             return keep if added is None else added
@@ -117,16 +142,19 @@ class Masks:
             result = value if result is None else self._once(op_type, [result, value], anchor)
         return result
 
-    def fitted(self, mask: ir.Value, query: ir.Value, rows: Dim, anchor: ir.Node) -> ir.Value:
+    def fitted(
+        self, mask: ir.Value, query: ir.Value, rows: Dim, anchor: ir.Node, axis: int = 1
+    ) -> ir.Value:
         """The mask with the queries' axis written out, and with rank 2 to 4.
 
         ONNX lets the axis of the queries be 1; ONNX Runtime 1.31 refuses such a mask.
 
         Args:
             mask: Broadcastable to [B, H, S, T].
-            query: [B, S, H*c].
+            query: [B, S, H*c], or with ``axis`` 2 [B, H, S, c].
             rows: S.
             anchor: The first site of the mask.
+            axis: Where S is in ``query``.
         """
         shape = self._shapes.of(mask)
         if shape is None or (len(shape) >= 2 and shape[-2] == rows):
@@ -135,7 +163,7 @@ class Masks:
             return mask  # equal to S for every valid feed, only the proof is missing
         key = "rows", mask, rows
         if key not in self._made:
-            size = self._once("Shape", [query], anchor, start=1, end=2)
+            size = self._once("Shape", [query], anchor, start=axis, end=axis + 1)
             one = graphs.add_initializer(self._graph, "one", np.ones(1, np.int64))
             target = self._once("Concat", [size, one], anchor, axis=0)
             self._made[key] = self._once("Expand", [mask, target], anchor)

@@ -11,13 +11,14 @@ Source:       the version history of the ONNX operators, as ``onnx.defs`` holds 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx.defs import OpSchema
 
-from optimizer.graph import add_initializer
+from optimizer.graph import add_initializer, insert, replace_value, unique_name
 from optimizer.raising.base import Miss, RuleReport, allow, opset_of, site
 from optimizer.raising.shapes import Shapes
 
@@ -28,6 +29,20 @@ _IR_VERSION = 10
 
 #: Operators whose meaning changed although their signature did not break, and since when.
 _CHANGED: dict[str, int] = {"GroupNormalization": 21, "Resize": 11, "RoiAlign": 16, "Scan": 9}
+#: Operators of which ONNX Runtime 1.32 has no kernel since opset 22, with any type.
+_LEFT_BEHIND = frozenset(
+    {
+        "Bernoulli", "GlobalLpPool", "MaxRoiPool", "Multinomial", "RandomNormal",
+        "RandomNormalLike", "RandomUniform", "RandomUniformLike", "RoiAlign",
+    }
+)  # fmt: skip
+#: Operators that ONNX Runtime writes out in float64, where it has no kernel, up to opset 18 only.
+_FUNCTIONS = frozenset(
+    {
+        "Elu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish", "PRelu", "Selu", "Softplus",
+        "Softsign", "ThresholdedRelu",
+    }
+)  # fmt: skip
 #: Pooling with ceil_mode counts its windows differently from here on.
 _CEIL_FIXED: dict[str, int] = {"AveragePool": 19, "LpPool": 22, "MaxPool": 22}
 
@@ -53,9 +68,9 @@ def run(model: ir.Model) -> RuleReport:
         return RuleReport()
     for node in nodes:
         adapt = _ADAPTERS.get(node.op_type)
+        node.version = None
         if adapt is not None:
             adapt(model.graph, node, version)
-        node.version = None
     model.graph.opset_imports[""] = CANONICAL
     model.ir_version = max(model.ir_version, _IR_VERSION)
     return RuleReport(1)
@@ -72,10 +87,13 @@ def _problem(node: ir.Node, version: int, shapes: Shapes) -> str | None:
     """Why this node may mean something else in the canonical version."""
     name = node.op_type
     old, new = _schema(name, version), _schema(name, CANONICAL)
+    if name in _FUNCTIONS and _is_double(node):
+        return f"ONNX Runtime has no {name} of opset {CANONICAL} for float64"
     if old is None or (new is not None and old.since_version == new.since_version):
         return None  # no standard operator, or one that did not change
-    if new is None or new.deprecated:
-        return f"{name} does not exist in opset {CANONICAL}"
+    gone = new is None or new.deprecated
+    if new is None or gone or name in _LEFT_BEHIND:
+        return f"{name} does not exist in {'' if gone else 'ONNX Runtime in '}opset {CANONICAL}"
     if old.since_version < _CHANGED.get(name, 0):
         return f"{name} means something else since opset {_CHANGED[name]}"
     if old.since_version < _CEIL_FIXED.get(name, 0) and node.attributes.get_int("ceil_mode", 0):
@@ -85,6 +103,10 @@ def _problem(node: ir.Node, version: int, shapes: Shapes) -> str | None:
     if name in _ADAPTERS or _extends(old, new):
         return None
     return f"{name} changed between opset {version} and {CANONICAL}"
+
+
+def _is_double(node: ir.Node) -> bool:
+    return any(v is not None and v.dtype == ir.DataType.DOUBLE for v in node.inputs)
 
 
 def _extends(old: OpSchema, new: OpSchema) -> bool:
@@ -104,15 +126,12 @@ def _extends(old: OpSchema, new: OpSchema) -> bool:
     )
 
 
-def _softmax_check(node: ir.Node, since: int, shapes: Shapes) -> str | None:
-    if since >= 13:
-        return None
-    axis, shape = node.attributes.get_int("axis", 1), shapes.of(node.inputs[0])
-    declared = None if node.inputs[0] is None else node.inputs[0].shape
-    rank = len(shape) if shape is not None else len(declared) if declared is not None else None
-    if axis == -1 or (rank is not None and axis % rank == rank - 1):
-        return None
-    return f"{node.op_type} before opset 13 is over all axes from {axis} on"
+def _dropout_check(node: ir.Node, since: int, shapes: Shapes) -> str | None:
+    del shapes
+    mask = node.outputs[1] if len(node.outputs) > 1 else None
+    if since < 12 and mask is not None and (mask.uses() or mask.is_graph_output()):
+        return "the mask of Dropout means something else since opset 12"
+    return None
 
 
 def _batch_norm_check(node: ir.Node, since: int, shapes: Shapes) -> str | None:
@@ -126,9 +145,7 @@ def _batch_norm_check(node: ir.Node, since: int, shapes: Shapes) -> str | None:
 
 _CHECKS: dict[str, Callable[[ir.Node, int, Shapes], str | None]] = {
     "BatchNormalization": _batch_norm_check,
-    "Hardmax": _softmax_check,
-    "LogSoftmax": _softmax_check,
-    "Softmax": _softmax_check,
+    "Dropout": _dropout_check,
 }
 
 
@@ -186,10 +203,31 @@ def _dropout(graph: ir.Graph, node: ir.Node, version: int) -> None:
         node.attributes.pop("ratio", None)
 
 
-def _last_axis(graph: ir.Graph, node: ir.Node, version: int) -> None:
-    del graph
-    if version < 13:
-        node.attributes["axis"] = ir.AttrInt64("axis", -1)
+def _softmax(graph: ir.Graph, node: ir.Node, version: int) -> None:
+    """Before opset 13 it is over all axes from ``axis`` on together."""
+    if version >= 13:
+        return
+    axis, source = node.attributes.get_int("axis", 1), node.inputs[0]
+    node.attributes["axis"] = ir.AttrInt64("axis", -1)
+    rank = None if source is None or source.shape is None else len(source.shape)
+    own = node.graph
+    if axis == -1 or (rank is not None and axis % rank == rank - 1):
+        return
+    if source is None or not isinstance(own, ir.Graph):
+        msg = f"node '{node.name}' ({node.op_type}) lacks its input"
+        raise ValueError(msg)
+    output = node.outputs[0]
+
+    def write(op_type: str, inputs: list[ir.Value], dtype: ir.DataType | None, **more: int) -> Any:
+        name = unique_name(graph, f"{output.name}/{op_type.lower()}")
+        return insert(own, node, op_type, inputs, more, name=name, dtype=dtype)
+
+    rows = write("Flatten", [source], output.dtype, axis=axis)
+    rows = write(node.op_type, [rows], output.dtype, axis=-1)
+    shape = write("Shape", [source], ir.DataType.INT64)
+    whole = write("Reshape", [rows, shape], output.dtype, allowzero=1)
+    replace_value(output, whole, keep_name=True)
+    own.remove(node, safe=True)
 
 
 def _batch_norm(graph: ir.Graph, node: ir.Node, _: int) -> None:
@@ -212,11 +250,11 @@ _ADAPTERS: dict[str, Callable[[ir.Graph, ir.Node, int], None]] = {
     "Clip": _clip,
     "Dropout": _dropout,
     "GridSample": _grid_sample,
-    "Hardmax": _last_axis,
-    "LogSoftmax": _last_axis,
+    "Hardmax": _softmax,
+    "LogSoftmax": _softmax,
     "Pad": _pad,
     "Slice": _slice,
-    "Softmax": _last_axis,
+    "Softmax": _softmax,
     "Split": _split,
     "Squeeze": _axes,
     "TopK": _top_k,

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from optimizer.graph import add_initializer, const, constant, insert, replace_value
 from optimizer.nodes import node_of
+from optimizer.raising import shape_rules
 from optimizer.raising.base import LocalRule, Miss, RuleReport, allow, sweep
 from optimizer.raising.constants import make_initializer
 from optimizer.raising.dims import Shape
@@ -121,7 +122,7 @@ def _reshape(node: ir.Node, shapes: Shapes) -> bool:
             replace_value(node.outputs[0], value)
             return True
         target = _target(shapes.of(value), outer)
-        if target is not None:
+        if target is not None and (_infers(node, shapes) or not _ambiguous(target)):
             return _set_target(node, value, target)
     return False
 
@@ -139,6 +140,20 @@ def _target(source: Shape | None, result: Shape) -> list[int] | None:
         else:
             target.append(-1)
     return target if target.count(-1) <= 1 else None
+
+
+def _ambiguous(target: list[int]) -> bool:
+    """Whether a target infers one size beside another that it copies.
+
+    Where the copied size is 0, any other would do, and no runtime chooses one.
+    """
+    return -1 in target and 0 in target
+
+
+def _infers(node: ir.Node, shapes: Shapes) -> bool:
+    """Whether a Reshape asks for an inferred size itself."""
+    target = shapes.vector(node.inputs[1]) if node.op_type == "Reshape" else None
+    return target is not None and -1 in target
 
 
 def _set_target(node: ir.Node, source: ir.Value, target: list[int]) -> bool:
@@ -180,7 +195,9 @@ def _expand(node: ir.Node, shapes: Shapes) -> bool:
 
 
 def _slice(node: ir.Node, shapes: Shapes) -> bool:
-    if _unchanged(node, shapes):
+    steps = shape_rules.numbers(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] else [1]
+    backwards = steps is None or any(step < 0 for step in steps)
+    if not backwards and _unchanged(node, shapes):
         return True
     source = shapes.of(node.inputs[0])
     bounds = [shapes.vector(value) for value in node.inputs[1:]]
@@ -188,11 +205,12 @@ def _slice(node: ir.Node, shapes: Shapes) -> bool:
         return False
     starts, ends = bounds[0], bounds[1]
     axes = bounds[2] if len(bounds) > 2 else tuple(range(len(starts)))
-    steps = bounds[3] if len(bounds) > 3 else (1,) * len(starts)
     if axes is None or steps is None or any(step != 1 for step in steps):
         return False
     for start, end, axis in zip(starts, ends, axes, strict=True):
-        if start != 0 or not isinstance(axis, int) or source[axis] != end:
+        if start != 0 or not isinstance(axis, int) or not -len(source) <= axis < len(source):
+            return False
+        if source[axis] != end:
             return False
     return bypass(node)
 

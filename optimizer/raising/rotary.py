@@ -32,6 +32,8 @@ from optimizer.raising.shapes import Shapes
 from optimizer.raising.tables import Paired, Tables
 
 _END = 2**31 - 1
+#: What the operator takes.
+_TYPES = (None, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def run(model: ir.Model) -> RuleReport:
@@ -147,12 +149,15 @@ def _raise_decomposed(state: _State, node: ir.Node) -> None:
             state.skip(node, "the rotary embedding is not on a 4-D value")
             return
         axis = _heads_axis(state.shapes, cos, sin, shape)
-        tables = [state.tables.narrow(t, shape, axis, paired, node) for t in (cos, sin)]
-        reason = next((table for table in tables if isinstance(table, str)), None)
+        if x.dtype not in _TYPES:
+            state.skip(node, f"RotaryEmbedding takes no {x.dtype}")
+            return
+        reasons = [state.tables.refusal(t, shape, axis, paired) for t in (cos, sin)]
+        reason = next((reason for reason in reasons if reason is not None), None)
         if reason is not None:
             state.skip(node, f"the tables of the rotary embedding: {reason}")
             return
-        inputs = [table for table in tables if isinstance(table, ir.Value)]
+        inputs = [state.tables.narrow(t, axis, paired, node) for t in (cos, sin)]
         attributes = {"interleaved": int(paired is Paired.NEIGHBOURS)}
         if axis == 2:
             x = layout.swap(state.graph, node, x)
@@ -294,7 +299,8 @@ def _join_heads(state: _State, node: ir.Node) -> None:
     if isinstance(tables, str):
         state.skip(node, tables)
         return
-    if len(shape) == 3:
+    found = layout.find(state.shapes, x) if len(shape) == 4 else None
+    if found is None or isinstance(found, str):
         if looked_up or list(node.inputs[1:3]) != tables:
             inputs = [x, *tables]
             raised = graphs.insert(
@@ -302,10 +308,8 @@ def _join_heads(state: _State, node: ir.Node) -> None:
             )
             graphs.replace_value(node.outputs[0], raised, keep_name=True)
             state.applied += 1
-        return
-    found = layout.find(state.shapes, x)
-    if isinstance(found, str):
-        state.skip(node, f"the rotary embedding stays 4-D: {found}")
+        if found is not None:
+            state.skip(node, f"the rotary embedding stays 4-D: {found}")
         return
     joined = layout.join(state.graph, node, found)
     attributes = {

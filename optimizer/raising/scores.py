@@ -44,6 +44,7 @@ class Scores:
         scale: The product of all constant factors.
         softcap: 0 for none.
         parts: What masks the scores.
+        product: ``q @ k^T`` (or, without parts, ``k @ q^T``), before everything else.
         result: The probabilities [B, H, S, T].
         precision: What the scores are cast to for the Softmax; None: nothing.
     """
@@ -53,6 +54,7 @@ class Scores:
     scale: float
     softcap: float
     parts: tuple[Part, ...]
+    product: ir.Value
     result: ir.Value
     precision: ir.DataType | None = None
 
@@ -84,8 +86,8 @@ def read(shapes: Shapes, softmax: ir.Node) -> Scores | str | None:
     query, keys, factor = sides
     # Outside of the Tanh is the cap c, inside was 1/c times the scale.
     scale *= factor * (softcap or 1.0)
-    result = turned or softmax.outputs[0]
-    return Scores(query, keys, scale, softcap, tuple(parts), result, precision)
+    result, of = turned or softmax.outputs[0], product.outputs[0]
+    return Scores(query, keys, scale, softcap, tuple(parts), of, result, precision)
 
 
 def _turned_back(softmax: ir.Node) -> ir.Value | None:

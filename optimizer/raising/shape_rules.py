@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 #: Longer integer vectors than this are data, not shapes.
 _MAX_VECTOR = 16
+#: A Slice that ends here or later ends with the axis, whatever its length; with steps backwards it
+#: is empty by the standard, and to ONNX Runtime everything before the start.
+_FAR = 2**31 - 1
 
 
 def unknown(value: ir.Value, axis: int) -> Dim:
@@ -60,7 +63,7 @@ def axes_of(node: ir.Node, index: int) -> list[int] | None:
 
 
 def slice_bounds(node: ir.Node, rank: int) -> list[tuple[int, slice]] | None:
-    """(axis, slice) pairs of a Slice with constant bounds."""
+    """(axis, slice) pairs of a Slice with constant bounds that mean the same to everybody."""
     if len(node.inputs) < 3:
         return None
     vectors = [numbers(v) if v is not None else [] for v in node.inputs[1:]]
@@ -69,6 +72,8 @@ def slice_bounds(node: ir.Node, rank: int) -> list[tuple[int, slice]] | None:
     starts, ends, axes, steps = ([v or [] for v in vectors] + [[], []])[:4]
     axes = axes or list(range(len(starts)))
     steps = steps or [1] * len(starts)
+    if any(step < 0 and end >= _FAR for end, step in zip(ends, steps, strict=False)):
+        return None
     return [
         (axis % rank, slice(start, end, step))
         for start, end, axis, step in zip(starts, ends, axes, steps, strict=True)
@@ -143,6 +148,8 @@ def _unsqueeze(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
         return None
     rank = len(source) + len(axes)
     added = {axis % rank for axis in axes}
+    if len(added) != len(axes):
+        return None
     rest = iter(source)
     return tuple(1 if axis in added else next(rest) for axis in range(rank))
 
@@ -213,7 +220,7 @@ def _slice_by_values(shapes: Shapes, node: ir.Node, value: ir.Value, source: Sha
 
 
 def _is_everything(part: slice) -> bool:
-    return bool(part.start == 0 and part.step == 1 and part.stop >= 2**31 - 1)
+    return bool(part.start == 0 and part.step == 1 and part.stop >= _FAR)
 
 
 def _split(shapes: Shapes, node: ir.Node, value: ir.Value) -> Shape | None:
@@ -222,11 +229,12 @@ def _split(shapes: Shapes, node: ir.Node, value: ir.Value) -> Shape | None:
         return None
     axis, index = node.attributes.get_int("axis", 0) % len(source), value.index() or 0
     size, count = source[axis], len(node.outputs)
-    sizes = numbers(node.inputs[1]) if len(node.inputs) > 1 else None
+    given = node.inputs[1] if len(node.inputs) > 1 else None
+    sizes = numbers(given) or node.attributes.get_ints("split", None)  # before opset 13
     part: Dim = unknown(value, axis)
     if sizes is not None:
         part = sizes[index]
-    elif isinstance(size, int):  # equal parts, only the last one may be smaller
+    elif given is None and isinstance(size, int):  # equal, only the last one may be smaller
         each = -(-size // count)
         part = min(each, size - each * index)
     return *source[:axis], part, *source[axis + 1 :]

@@ -104,10 +104,7 @@ class Shapes:
         """``vector`` for rules: whatever ``value`` depends on has its shape already."""
         if value is None:
             return None
-        if value not in self._vectors:
-            self._vectors[value] = None  # ends the recursion on a (broken) cycle
-            self._vectors[value] = self._compute_vector(value)
-        return self._vectors[value]
+        return _resolve(value, self._vectors, self._compute_vector)
 
     def _compute_vector(self, value: ir.Value) -> Shape | None:
         tensor = graphs.constant(value)

@@ -85,7 +85,7 @@ def _transpose(node: ir.Node) -> bool:
         return bypass(node)
     inner = node_of(node.inputs[0], "Transpose")
     first = None if inner is None else inner.attributes.get_ints("perm", None)
-    if inner is None or first is None or inner.inputs[0] is None:
+    if inner is None or first is None or inner.inputs[0] is None or len(first) != len(perm):
         return False
     order = [first[axis] for axis in perm]
     node.attributes["perm"] = ir.AttrInt64s("perm", order)

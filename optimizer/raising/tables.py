@@ -47,21 +47,8 @@ class Tables:
         self._dropped: dict[tuple[ir.Value, int], ir.Value] = {}
         self._full: dict[tuple[ir.Value, ir.Value | None, Dim], ir.Value] = {}
 
-    def narrow(
-        self, table: ir.Value, shape: Shape, heads_axis: int, paired: Paired, anchor: ir.Node
-    ) -> ir.Value | str:
-        """[B or 1, S, r/2] of a table [B or 1, 1, S, r] that is multiplied with ``shape``.
-
-        Args:
-            table: Every angle comes twice along its last axis.
-            shape: [B, H, S, r], or [B, S, H, r] with ``heads_axis`` 2.
-            heads_axis: Where the table has the size 1.
-            paired: Where the two of each angle are.
-            anchor: The first site of the table.
-
-        Returns:
-            The table, or what is wrong with ``table``.
-        """
+    def refusal(self, table: ir.Value, shape: Shape, heads_axis: int, paired: Paired) -> str | None:
+        """Why ``narrow`` cannot be asked for ``table``; nothing is written to find out."""
         found = self._shapes.of(table)
         if found is None or not 2 <= len(found) <= 4:
             return "rank not known"
@@ -70,18 +57,26 @@ class Tables:
         padded = (1,) * (4 - len(found)) + found
         if padded[0] not in (1, shape[0]) or list(padded[1:]) != expected[1:]:
             return "shape is not [batch, 1, sequence, size of the head]"
-        rows = self._without_heads(table, heads_axis, anchor)
-        if rows is None:
+        if len(found) < 4 and heads_axis != 1:
             return "axis of the heads cannot be removed"
-        if not self._is_doubled(rows, paired, _MAX_DEPTH):
+        if not self._is_doubled(table, paired, _MAX_DEPTH):
             return f"{paired.value} are not known to be equal"
-        return self._half(rows, paired, anchor)
+        return None
 
-    def _without_heads(self, table: ir.Value, heads_axis: int, anchor: ir.Node) -> ir.Value | None:
+    def narrow(self, table: ir.Value, heads_axis: int, paired: Paired, anchor: ir.Node) -> ir.Value:
+        """[B or 1, S, r/2] of a table [B or 1, 1, S, r] that is multiplied with [B, H, S, r].
+
+        Args:
+            table: Every angle comes twice along its last axis; ``refusal`` found nothing.
+            heads_axis: Where the table has the size 1; 2 beside [B, S, H, r].
+            paired: Where the two of each angle are.
+            anchor: The first site of the table.
+        """
+        return self._half(self._without_heads(table, heads_axis, anchor), paired, anchor)
+
+    def _without_heads(self, table: ir.Value, heads_axis: int, anchor: ir.Node) -> ir.Value:
         """[B or 1, S, r] of [B or 1, 1, S, r] (or of a table without leading axes)."""
         rank = len(self._shapes.of(table) or ())
-        if rank < 4 and heads_axis != 1:
-            return None
         if rank == 3:  # broadcast against [B, H, S, r], its first axis is the heads'
             return table
         node = node_of(table, "Unsqueeze")

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-
-import onnx
 import onnx_ir as ir
 
-from optimizer.raising.base import RuleReport
+from optimizer.raising import inference
+from optimizer.raising.base import Miss, RuleReport
 from optimizer.raising.dims import Dim, Shape
 from optimizer.raising.shapes import Shapes
-
-_LOGGER = logging.getLogger(__name__)
-#: Constants up to this many bytes may be shapes, which inference must see.
-_SHAPE_BYTES = 1024
 
 
 def fill(model: ir.Model) -> RuleReport:
     """Infer types and shapes of values that have none.
 
-    What the model declares is kept. Weights are not read.
+    What the model declares is kept. Weights are not read. A miss names the node at which inference
+    failed: what needs types behind it is left alone.
     """
     missing = [
         value
@@ -27,14 +22,15 @@ def fill(model: ir.Model) -> RuleReport:
         for value in node.outputs
         if value.name and (value.dtype is None or value.shape is None)
     ]
-    if missing:
-        inferred = _inferred(model)
-        for value in missing:
-            known = inferred.get(value.name or "")
-            if known is not None:
-                value.type = value.type or known.type
-                value.shape = value.shape or _unnamed(known.shape)
-    return RuleReport()
+    if not missing:
+        return RuleReport()
+    inferred, problem = inference.infer(model)
+    for value in missing:
+        known = inferred.get(value.name or "")
+        if known is not None:
+            value.type = value.type or known.type
+            value.shape = value.shape or _numbers(known.shape)
+    return RuleReport(0, () if problem is None else (Miss(*problem),))
 
 
 def refresh(model: ir.Model) -> RuleReport:
@@ -98,33 +94,10 @@ def _text(dim: Dim) -> str:
     return text
 
 
-def _unnamed(shape: ir.Shape | None) -> ir.Shape | None:
-    """Without the names that shape inference makes up."""
-    if shape is None:
-        return None
-    named = [d if isinstance(d, int) else d.value for d in shape]
-    return ir.Shape([None if str(d).startswith("unk__") else d for d in named])
+def _numbers(shape: ir.Shape | None) -> ir.Shape | None:
+    """Without names: those that inference makes up say nothing, those it follows may be wrong.
 
-
-def _inferred(model: ir.Model) -> dict[str, ir.Value]:
-    """Values of the main graph as ONNX's shape inference sees them."""
-    bare = model.clone()
-    for node in bare.graph.all_nodes():
-        for output in node.outputs:
-            if output.dtype is None:  # half a declaration cannot be written
-                output.shape = None
-    for name, value in list(bare.graph.initializers.items()):
-        tensor = value.const_value
-        if tensor is not None and tensor.nbytes > _SHAPE_BYTES:
-            del bare.graph.initializers[name]
-            value.const_value = None
-            bare.graph.inputs.append(value)
-    try:
-        proto = onnx.shape_inference.infer_shapes(ir.to_proto(bare), data_prop=True)
-    except Exception as error:  # inference is a help; a graph may be beyond it
-        _LOGGER.debug("shape inference failed: %s", error)
-        return {}
-    values = {}
-    for info in proto.graph.value_info:
-        values[info.name] = ir.serde.deserialize_value_info_proto(info, None)
-    return values
+    It follows them through Slice with a negative step, and through casts to bool (onnx 1.23); what
+    is proven is written by ``refresh``.
+    """
+    return None if shape is None else ir.Shape([d if isinstance(d, int) else None for d in shape])

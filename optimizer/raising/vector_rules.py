@@ -109,6 +109,25 @@ def _vector_unchanged(shapes: Shapes, node: ir.Node) -> Shape | None:
     return shapes.vector_within(node.inputs[0])
 
 
+#: Types that hold every size a tensor can have in practice; bool or int8 do not.
+_WIDE = frozenset(
+    {ir.DataType.INT64, ir.DataType.INT32, ir.DataType.FLOAT, ir.DataType.DOUBLE}
+)  # fmt: skip
+#: Float32 holds every integer up to here.
+_EXACT = 2**24
+
+
+def _vector_of_cast(shapes: Shapes, node: ir.Node) -> Shape | None:
+    vector = shapes.vector_within(node.inputs[0])
+    target = ir.DataType(node.attributes["to"].as_int())
+    if vector is None or target not in _WIDE:
+        return None
+    small = target is ir.DataType.INT64 or all(
+        not isinstance(dim, int) or abs(dim) <= _EXACT for dim in vector
+    )
+    return vector if small else None
+
+
 _ARITHMETIC: dict[str, Callable[[Dim, Dim], Dim]] = {
     "Add": dims.add,
     "Mul": dims.multiply,
@@ -116,7 +135,7 @@ _ARITHMETIC: dict[str, Callable[[Dim, Dim], Dim]] = {
 }
 VECTOR_RULES: dict[str, Callable[[Shapes, ir.Node], Shape | None]] = {
     "Add": _vector_of_sum,
-    "Cast": _vector_unchanged,
+    "Cast": _vector_of_cast,
     "Concat": _vector_of_concat,
     "Div": _vector_of_quotient,
     "Gather": _vector_of_gather,

@@ -17,7 +17,7 @@ import onnx_ir.passes.common as common_passes
 from onnx.reference.ops._op_list import load_op
 
 from optimizer.errors import ModelError, UnsupportedError
-from optimizer.graph import release
+from optimizer.graph import attribute_graphs, release
 from optimizer.proto import names_read
 from optimizer.runners.base import Feed
 from optimizer.runners.numpy_ops import Array
@@ -65,7 +65,11 @@ class ReferenceRunner:
         """
         if model.functions:
             model = model.clone()
-            common_passes.InlinePass()(model)
+            try:
+                common_passes.InlinePass()(model)
+            except (ValueError, RuntimeError) as error:  # written for another opset than the model
+                msg = f"the functions of the model cannot be written out: {error}"
+                raise UnsupportedError(msg) from error
         graph = model.graph
         self._double = double
         self._tensors = {
@@ -94,6 +98,7 @@ class ReferenceRunner:
 
         Raises:
             ModelError: A node failed; names it.
+            UnsupportedError: A node needs more memory than there is.
         """
         values: dict[str, Array] = {name: self._converted(feed[name]) for name in self._inputs}
         for step in self._steps:
@@ -105,7 +110,10 @@ class ReferenceRunner:
             except NotImplementedError as error:
                 msg = f"node '{step.name}': the reference has no {error} ({step.op_type})"
                 raise UnsupportedError(msg) from error
-            except (ValueError, TypeError, IndexError, RuntimeError, AttributeError) as error:
+            except MemoryError as error:
+                msg = f"node '{step.name}' ({step.op_type}) needs more memory than there is"
+                raise UnsupportedError(msg) from error
+            except Exception as error:  # the operators of onnx raise whatever they like
                 raise ModelError(f"node '{step.name}' ({step.op_type}) failed: {error}") from error
             for name, result in zip(step.outputs, results, strict=False):
                 if name:
@@ -115,6 +123,9 @@ class ReferenceRunner:
         return {name: self._value(name, values) for name in self._outputs}
 
     def _converted(self, array: Array) -> Array:
+        if array.dtype.kind in "OS":  # strings of a tensor are bytes, those of a runtime are text
+            text = [s.decode("utf-8", "replace") if isinstance(s, bytes) else s for s in array.flat]
+            return np.array(text, object).reshape(array.shape)
         floating = array.dtype.kind in "fV" and array.dtype.names is None
         return array.astype(np.float64) if self._double and floating else array
 
@@ -181,7 +192,13 @@ class ReferenceRunner:
         proto = ir.serde.serialize_node(node)
         if self._double:
             _to_double(proto)
-        return _reference_operator(proto, model)
+        run = _reference_operator(proto, model)
+        held = [name for name in names_read([node]) if name in self._tensors]
+        if not any(True for _ in attribute_graphs(node)) or not held:
+            return run
+        return lambda values, arguments: run(
+            {**values, **{name: self._value(name, values) for name in held}}, arguments
+        )
 
 
 def _reference_operator(
@@ -217,7 +234,7 @@ def _reference_operator(
             f"{where}: the reference evaluator cannot run {proto.op_type}: {error}"
         ) from error
     if operator.need_context():
-        return lambda values, arguments: operator.run(*arguments, context=dict(values))
+        return lambda values, arguments: operator.run(*arguments, context=values)
     return lambda _, arguments: operator.run(*arguments)
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import quantized
+from rule_case import graph
 
 from optimizer import graph as graphs
 from optimizer.legalize import legalize
@@ -116,3 +117,52 @@ def test_rows_are_scaled_by_multiplication_and_raised_to_division(centred):
     again = OrtRunner(model).run(models.feed(config, past=2))["logits"]
     # A code on the boundary of two may fall on the other side.
     assert np.linalg.norm(again - result) <= 1e-2 * np.linalg.norm(result)
+
+
+def test_attentions_over_different_sequences_get_a_mask_each():
+    model = graph(
+        "a = Attention<q_num_heads = 2, kv_num_heads = 2>(x, k, k, m)"
+        "  y = Attention<q_num_heads = 2, kv_num_heads = 2>(z, k, k, m)",
+        inputs="float[B,S,4] x, float[B,Q,4] z, float[B,T,4] k, bool[B,1,1,T] m",
+        output="float[B,Q,4] y, float[B,S,4] a",
+    )
+    legalize(model, "ort-cpu")
+    sizes = {"x": (2, 3, 4), "z": (2, 5, 4), "k": (2, 6, 4)}
+    feed = {name: np.ones(shape, np.float32) for name, shape in sizes.items()}
+    outputs = OrtRunner(model).run({**feed, "m": np.ones((2, 1, 1, 6), bool)})
+    assert {name: array.shape for name, array in outputs.items()} == {
+        "y": (2, 5, 4),
+        "a": (2, 3, 4),
+    }
+
+
+def test_a_mask_that_depends_on_control_flow_is_left_as_it_is():
+    model = graph(
+        "h = If(p) <then_branch = t () => (float[B,S,4] u) { u = Relu(x) },"
+        " else_branch = e () => (float[B,S,4] v) { v = Tanh(x) }>"
+        "  i = Shape(h)  n = Gather<axis = 0>(i, one)  r = Range(zero, n, step)"
+        "  a = Unsqueeze(r, zeros)  b = Unsqueeze(r, one)  c = GreaterOrEqual(b, a)"
+        "  k = Cast<to = 9>(attention_mask)  d = Unsqueeze(k, one)  m3 = And(c, d)"
+        "  m = Unsqueeze(m3, one)"
+        "  y = Attention<q_num_heads = 2, kv_num_heads = 2>(h, h, h, m)",
+        inputs="float[B,S,4] x, int64[B,S] attention_mask",
+        constants="bool p = {1}, int64[1] one = {1}, int64[1] zeros = {0}, int64 zero = {0}, "
+        "int64 step = {1}",
+    )
+    assert "causal attention" not in legalize(model, "ort-cpu").details["rewrites"]
+
+
+@pytest.mark.parametrize(
+    ("target", "rewrite"), [("ort-cpu", "int8 product"), ("ort-cuda", "zero point")]
+)
+def test_dequantized_values_may_be_transposed(target, rewrite):
+    """Left alone, ONNX Runtime makes a model of it that it refuses to load."""
+    model = graph(
+        "q = QuantizeLinear(x, s, z)  d = DequantizeLinear(q, s, z)"
+        "  y = Transpose<perm = [0, 2, 1]>(d)",
+        output="float[B,4,S] y", constants="float s = {0.5}, int8 z = {0}",
+    )  # fmt: skip
+    assert legalize(model, target).details["rewrites"] == {rewrite: 1}
+    x = np.ones((1, 2, 4), np.float32)
+    assert OrtRunner(model).run({"x": x})["y"].tolist() == [[[1, 1]] * 4]
+    assert not Canonicalize().call(model, Context()).skipped

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
-from rule_case import feed
+from rule_case import feed, graph
 
 from optimizer.blocks import Block, find_blocks
 from optimizer.pass_base import Context
@@ -203,3 +203,12 @@ def test_every_mix_of_spellings_is_raised_within_the_bound(stack, batch, sequenc
     # Twice the original's own error, or 16 roundings of the largest number.
     bound = max(2 * np.abs(old - truth).max(), 16 * 2.0**-23 * np.abs(truth).max())
     assert np.abs(new - truth).max() <= bound
+
+
+def test_what_shapes_found_late_make_plainer_is_plain_after_one_run():
+    nodes = "f = Reshape(x, rows)  y = Gemm<beta = 0.0>(f, w, b)"
+    constants = "int64[2] rows = {-1, 1}, float[1,1] w = {2}, float[1] b = {3}"
+    model = graph(nodes, inputs="float[B,S,1] x", output="float[M,1] y", constants=constants)
+    _run(model)
+    assert "Add" not in {node.op_type for node in model.graph}
+    assert not _run(model).modified

@@ -33,8 +33,10 @@ GUARDED = (
 
 
 def case(*parts: str, inputs: str = "", output: str = "float[B,S,8] y") -> ir.Model:
-    more = f", {inputs}" if inputs else ""
-    return graph("  ".join(parts), inputs=INPUTS + more, output=output, constants=CONSTANTS)
+    nodes, every = "  ".join(parts), f"{INPUTS}, {inputs}" if inputs else INPUTS
+    if "diagonal" in nodes or "first" in nodes:  # constants for a sequence of this length
+        every, output = (text.replace("S", "3") for text in (every, output))
+    return graph(nodes, inputs=every, output=output, constants=CONSTANTS)
 
 
 def assert_canonical(model: ir.Model, scale: float = 1.0, softcap: float = 0.0) -> ir.Node:
@@ -134,6 +136,14 @@ def test_mask_is(name: str, end: str) -> None:
     mask = assert_canonical(model).inputs[3]
     assert mask is not None
     assert mask.dtype == dtype
+
+
+def test_a_mask_added_twice_counts_twice() -> None:
+    model = case(
+        HEADS, TURNED, SCORES, "s1 = Add(s, n)  s2 = Add(n, s1)", END, inputs="float[B,1,S,S] n"
+    )
+    apply(model, attention.run)
+    assert_canonical(model)
 
 
 def test_mask_over_keys_only_is_given_the_axis_of_the_queries() -> None:
@@ -253,6 +263,26 @@ REFUSED = {
     "the keys are not turned": (
         "k2 = Reshape(k, back)  s = MatMul(q, k2)  p = Softmax(s)  o = MatMul(p, w)",
         "not transposed"),
+    "the scale is negative": (
+        f"{TURNED} {SCORES} s2 = Mul(s, minus)  p = Softmax(s2)  o = MatMul(p, w)",
+        "positive factors only"),
+    "the mask is the same for all keys": (
+        f"{TURNED} {SCORES} s2 = Add(s, column)  p = Softmax(s2)  o = MatMul(p, w)",
+        "does not span the keys"),
+    "the mask widens the scores": (
+        "q1 = Slice(q, zero1, one1, one1)  k0 = Slice(k, zero1, one1, one1)  "
+        "k1 = Transpose<perm = [0, 1, 3, 2]>(k0)  w1 = Slice(w, zero1, one1, one1)  "
+        "s = MatMul(q1, k1)  s2 = Add(s, per_head)  "
+        "p = Softmax(s2)  o = MatMul(p, w1)", "more rows or heads than the scores"),
+    "the mask is for three queries, whatever their number": (
+        f"{TURNED} {SCORES} s2 = Add(s, three)  p = Softmax(s2)  o = MatMul(p, w)",
+        "more rows or heads than the scores"),
+    "every query reads one batch of keys": (
+        "k1 = Transpose<perm = [0, 1, 3, 2]>(one_batch)  s = MatMul(q, k1)  p = Softmax(s)  "
+        "o = MatMul(p, w)", "different batches"),
+    "one head of queries reads many of keys": (
+        f"{TURNED} q1 = Slice(q, zero1, one1, one1)  s = MatMul(q1, kt)  p = Softmax(s)  "
+        "o = MatMul(p, w)", "1 query, 2 key and 2 value heads"),
 }  # fmt: skip
 
 
@@ -261,8 +291,11 @@ def test_leaves_alone_when(name: str) -> None:
     nodes, reason = REFUSED[name]
     model = graph(
         f"{HEADS} {nodes} {BACK}",
-        inputs=INPUTS + ", float[B,1,S,S] n, bool[B,1,S,S] m", output="float[B,S,8] y",
-        constants=CONSTANTS + ", int64[4] back = {0, 0, 4, -1}",
+        inputs=INPUTS + ", float[B,1,S,S] n, bool[B,1,S,S] m, float[B,1,S,1] column, "
+        "float[1,2,1,S] per_head, float[1,1,3,S] three, float[1,2,S,4] one_batch",
+        output="float[B,S,8] y",
+        constants=CONSTANTS + ", int64[4] back = {0, 0, 4, -1}, float minus = {-0.5}, "
+        "int64[1] zero1 = {0}, int64[1] one1 = {1}",
     )  # fmt: skip
     refuses(model, attention.run, reason)
 
@@ -279,3 +312,15 @@ def test_heads_whose_batch_changes_on_the_way_stay_apart() -> None:
     node = only(model, "Attention")
     assert node.inputs[0] is not model.graph.inputs[0]
     assert node.inputs[0].producer().inputs[0].producer().op_type == "Reshape"
+
+
+def test_mask_of_an_attention_that_stays_4d_is_given_the_axis_of_the_queries() -> None:
+    model = graph(
+        "kt = Transpose<perm = [0, 1, 3, 2]>(k)  s = MatMul(q, kt)  s2 = Add(s, n)  "
+        "p = Softmax<axis = -1>(s2)  y = MatMul(p, w)",
+        inputs="float[B,2,S,4] q, float[B,2,S,4] k, float[B,2,S,4] w, float[B,1,1,S] n",
+        output="float[B,2,S,4] y",
+    )
+    assert apply(model, attention.run).applied == 2
+    assert not attention.run(model).applied
+    assert only(model, "Attention").inputs[3].producer().op_type == "Expand"

@@ -91,3 +91,9 @@ def test_and_with_true_goes_away_and_other_constants_stay():
     for dims, constant in (("B,4", "off"), ("1,1,1,B,4", "deep")):
         stays = model(body.format(dims=dims, constants=CONSTANTS, c=constant))
         refuses(stays, broadcasts.run, None)
+
+
+def test_older_opsets_keep_their_form_of_unsqueeze():
+    nodes = "u = Unsqueeze<axes = [1]>(x)  y = Unsqueeze<axes = [0]>(u)"
+    case = model(f"g (float[B,4] x) => (float[1,B,1,4] y) {{ {nodes} }}", opset=11)
+    refuses(case, broadcasts.run, None)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+import pytest
 from rule_case import apply, graph, model, ops, refuses
 
 from optimizer.graph import size_bytes
@@ -95,3 +96,47 @@ def test_a_default_that_a_caller_may_override_is_no_constant():
         value.const_value = ir.tensor(np.ones(4, np.float32), name="c")
         case.graph.register_initializer(value)
     refuses(case, constants.run, None)
+
+
+def test_what_is_not_a_number_is_not_made_a_constant():
+    case = graph("r = Sqrt(c)  y = Mul(x, r)", constants="float c = {-1.0}")
+    refuses(case, constants.run, None)
+
+
+HUGE = {
+    "Expand": "c = Expand(one, size)",
+    "a fill whose size is hidden": "a = Abs(size)  c = ConstantOfShape(a)",
+    "a Range of floats": "c = Range(f0, f1, step)",
+    "a product that broadcasts": "a = Expand(one, tall)  b = Expand(one, wide)  c = Mul(a, b)",
+    "OneHot": "c = OneHot(index, many, values)",
+    "a text matched by an expression": 'm = RegexFullMatch<pattern = "(a+)+$">(t)  '
+    "c = Cast<to = 1>(m)",
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_what_could_fill_the_memory_is_not_tried(name):
+    case = graph(
+        f"{HUGE[name]}  s = ReduceMax<keepdims = 0>(c)  y = Add(x, s)",
+        constants="float[1] one = {1}, int64[1] size = {1000000000000}, float f0 = {0}, "
+        "float f1 = {1e12}, float step = {0.001}, int64[2] tall = {60000, 1}, "
+        "int64[2] wide = {1, 60000}, int64[1] index = {0}, int64 many = {1000000000000}, "
+        f'float[2] values = {{0, 1}}, string[1] t = {{"{"a" * 40}!"}}',
+    )
+    constants.run(case)
+    assert size_bytes(case) < 1 << 20
+    assert "ReduceMax" in ops(case)
+
+
+def test_many_small_results_do_not_make_a_small_model_large(monkeypatch):
+    monkeypatch.setattr(constants, "TOTAL_GROWTH", 100_000)
+    fills = "  ".join(f"c{i} = Expand(k{i}, size)" for i in range(50))
+    case = graph(
+        f"{fills}  s = Sum({', '.join(f'c{i}' for i in range(50))})"
+        "  m = ReduceMax<keepdims = 0>(s)  y = Add(x, m)",
+        constants="int64[1] size = {10000}, "
+        + ", ".join(f"float[1] k{i} = {{{i}}}" for i in range(50)),
+    )
+    for _ in range(3):
+        constants.run(case)
+    assert size_bytes(case) < 200_000

@@ -33,3 +33,9 @@ def test_a_function_of_another_opset_stays_and_says_why():
     assert report.applied == 0
     assert "opset 12" in report.skipped[0].reason
     assert len(case.functions) == 1
+
+
+def test_a_function_for_another_version_of_its_own_domain_stays_too():
+    text = (TEXT % 23).replace('opset_import: ["" : 23]', 'opset_import: ["" : 23, "local" : 2]')
+    case = ir.from_proto(onnx.parser.parse_model(text))
+    assert "version of domain 'local' 2" in inline.run(case).skipped[0].reason

@@ -158,3 +158,13 @@ def test_leaves_alone_and_says_why(nodes, reason):
         output="float[3,2] y",
     )
     refuses(case, linears.run, reason)
+
+
+def test_a_weight_that_is_a_constant_and_an_output_keeps_its_name():
+    model = graph(
+        "w = Constant<value = float[1,4] {1, 2, 3, 4}>()  y = Gemm<transB = 1>(x, w)",
+        inputs="float[B,4] x", output="float[B,1] y, float[1,4] w",
+    )  # fmt: skip
+    apply(model, linears.run)
+    names = [value.name for node in model.graph for value in node.outputs]
+    assert not set(names) & set(model.graph.initializers)

@@ -9,6 +9,7 @@ from rule_case import feed, graph, model
 
 from optimizer.raising import opset
 from optimizer.raising.base import opset_of
+from optimizer.runners.ort import OrtRunner
 
 #: node, opset it is written for, output
 OLD = {
@@ -48,7 +49,7 @@ def _bytes(case):
 
 
 CHANGED = {
-    "softmax over two axes": ("y = Softmax<axis = 1>(x)", 11, "over all axes from 1 on"),
+    "mask of dropout": ("z, m = Dropout(x)  y = Cast<to = 1>(m)", 10, "mask of Dropout"),
     "upsample": ("y = Upsample(x, s)", 9, "Upsample does not exist"),
     "ceil mode": (
         "y = AveragePool<kernel_shape = [2], strides = [2], ceil_mode = 1>(x)",
@@ -76,6 +77,37 @@ def test_a_canonical_model_is_not_touched(version):
     case = graph("y = Relu(x)", opset=version)
     assert opset.run(case).applied == 0
     assert opset_of(case) == version
+
+
+def _softmax(array):
+    shifted = np.exp(array - array.max(axis=-1, keepdims=True))
+    return shifted / shifted.sum(axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize(
+    ("axis", "batch"), [("<axis = 1>", 2), ("", 2), ("<axis = 0>", 2), ("<axis = 1>", 0)]
+)
+def test_a_softmax_over_several_axes_is_one_over_their_product(axis, batch):
+    case = graph(f"y = Softmax{axis}(x)", inputs="float[B,3,4] x", output="float[B,3,4] y", opset=9)
+    assert opset.run(case).applied == 1
+    array = np.random.default_rng(0).normal(size=(batch, 3, 4)).astype(np.float32)
+    rows = array.reshape((1, -1) if axis == "<axis = 0>" else (batch, 12))
+    found = OrtRunner(case).run({"x": array})["y"]
+    # Two ways to sum the same twelve numbers differ by a few roundings of one.
+    np.testing.assert_allclose(found, _softmax(rows).reshape(array.shape), rtol=0, atol=1e-6)
+
+
+def test_a_softmax_in_a_branch_is_adapted_where_it_is():
+    case = model(
+        """g (bool p, float[2,3,4] x) => (float[2,3,4] y) {
+            y = If (p) <
+                then_branch = a () => (float[2,3,4] u) { u = Softmax<axis = 1>(x) },
+                else_branch = b () => (float[2,3,4] v) { v = LogSoftmax<axis = 1>(x) }
+            > }""",
+        opset=11,
+    )
+    assert opset.run(case).applied == 1
+    onnx.checker.check_model(onnx.load_from_string(_bytes(case)), full_check=True)
 
 
 def test_operators_in_branches_are_adapted_too():
@@ -106,3 +138,28 @@ def test_every_operator_that_changed_is_adapted_refused_or_extends_its_older_sel
                 unknown.append((name, old.since_version))
     # These are refused by their signature; a model with one of them keeps its opset.
     assert unknown == [("DFT", 17), ("Upsample", 7)]
+
+
+@pytest.mark.parametrize("op_type", sorted(opset._LEFT_BEHIND))
+def test_an_operator_without_a_newer_kernel_keeps_the_model_at_its_opset(op_type):
+    old, new = (onnx.defs.get_schema(op_type, version, "") for version in (21, 23))
+    assert old.since_version < 22 <= new.since_version
+
+
+@pytest.mark.parametrize("op_type", ["Softsign", "LeakyRelu"])
+def test_activations_that_only_run_in_float64_while_they_are_functions_stay(op_type):
+    case = graph(f"y = {op_type}(x)", inputs="double[B,4] x", output="double[B,4] y", opset=18)
+    assert f"no {op_type} of opset 23" in opset.run(case).skipped[0].reason
+    assert OrtRunner(case).run({"x": np.ones((1, 4))})["y"].shape == (1, 4)
+
+
+def test_a_region_of_interest_stays_where_the_runtime_has_a_kernel():
+    nodes = "y = RoiAlign<output_height = 2, output_width = 2>(x, r, i)"
+    case = graph(
+        nodes,
+        inputs="float[1,1,4,4] x, float[N,4] r, int64[N] i",
+        output="float[N,1,2,2] y",
+        opset=16,
+    )
+    assert "does not exist in ONNX Runtime in" in opset.run(case).skipped[0].reason
+    OrtRunner(case)

@@ -167,3 +167,22 @@ def test_a_comparison_that_may_go_either_way_stays():
     )
     reshapes.run(case)
     assert ops(case)["Where"] == 1
+
+
+@pytest.mark.parametrize("to", [3, 9, 10])  # int8, bool, float16
+def test_a_cast_that_cannot_hold_a_size_is_not_followed(to):
+    nodes = f"s = Shape(x)  n = Cast<to = {to}>(s)  y = Cast<to = 7>(n)"
+    refuses(graph(nodes, output="int64[3] y"), reshapes.run, None)
+
+
+def test_a_slice_that_reverses_stays():
+    nodes = "y = Slice(x, last, first, two, last)"
+    constants = "int64[1] last = {-1}, int64[1] first = {-100}, int64[1] two = {2}"
+    refuses(graph(nodes, constants=constants), reshapes.run, None)
+
+
+def test_no_size_is_inferred_beside_one_that_is_copied_and_may_be_zero():
+    nodes = "y = Flatten<axis = 1>(x)"
+    refuses(graph(nodes, output="float[B,M] y"), reshapes.run, None)
+    case = graph("y = Reshape(x, keep)", output="float[B,M] y", constants="int64[2] keep = {0, -1}")
+    refuses(case, reshapes.run, None)

@@ -221,3 +221,28 @@ def test_a_value_that_never_had_joined_heads_stays_four_dimensional() -> None:
     model = case("c = Cos(f)  s = Sin(f)", "y = RotaryEmbedding(h, c, s)",
                  inputs="float[B,2,S,4] h, float[B,S,2] f")  # fmt: skip
     refuses(model, raise_all, "does not come from a Transpose")
+
+
+def test_refused_tables_leave_nothing_behind() -> None:
+    tables = "float[B,S,8] x, float[1,1,S,4] c4, float[1,1,S,4] s4"
+    model = graph("  ".join((HEADS, HALVES, SUM)), **(IO | {"inputs": tables}))
+    refuses(model, raise_all, "halves are not known to be equal")
+
+
+def test_a_type_that_the_operator_does_not_take_is_left_alone() -> None:
+    text = "double[B,2,S,4] h, double[B,S,2] f"
+    nodes = "  ".join((TABLES, HALVES, SUM))
+    model = graph(nodes, inputs=text, output="double[B,2,S,4] y", constants=CONSTANTS)
+    refuses(model, raise_all, "takes no DOUBLE")
+
+
+def test_a_rotary_embedding_that_stays_4d_is_settled_in_one_run() -> None:
+    model = case(
+        "ff = Concat<axis = -1>(f, f)  c4 = Unsqueeze(ff, one)  s4 = Unsqueeze(ff, one)",
+        HALVES,
+        SUM,
+        inputs="float[B,2,S,4] h, float[1,S,2] f",
+    )
+    assert "stays 4-D" in apply(model, raise_all).skipped[-1].reason
+    cos = only(model, "RotaryEmbedding").inputs[1]
+    assert cos.producer().op_type == "Expand"  # ONNX Runtime wants the tables of the whole batch

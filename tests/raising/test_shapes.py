@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+
 import models
 import onnx_ir as ir
 import pytest
@@ -21,6 +23,12 @@ def test_polynomials_have_one_form() -> None:
     assert dims.subtract(dims.add(B, S), S) == B
     assert dims.subtract(B, B) == 0
     assert dims.product([2, B, 3]) == dims.multiply(6, B)
+
+
+def test_what_is_no_size_any_more_is_not_followed() -> None:
+    for start in (dims.add(B, 1), B, 3):
+        with pytest.raises(ValueError, match="without bounds"):
+            functools.reduce(lambda size, _: dims.multiply(size, size), range(40), start)
 
 
 def test_quotients_are_exact_or_unknown() -> None:
@@ -46,6 +54,10 @@ CASES = {
     "cut by a constant": ("y = Slice(x, zero, two, axis)", (B, S, 2)),
     "split": ("y, z = Split<axis = -1, num_outputs = 2>(x)", (B, S, 2)),
     "uneven split": ("y, z = Split<axis = -1>(x, three_one)", (B, S, 3)),
+    "split by an attribute": ("y, z = Split<axis = -1, split = [3, 1]>(x)", (B, S, 3)),
+    "split by a computed vector": (
+        "n = Shape(z0)  y, z = Split<axis = -1>(x, n)", (B, S, dims.symbol("?y.2"))
+    ),
     "mean": ("y = ReduceMean(x, axis)", (B, S, 1)),
     "range": (
         "n = Shape<start = 1, end = 2>(x)  s = Squeeze(n)  r = Range(n0, s, n1)  "
@@ -61,8 +73,9 @@ def test_shape_is_known(name: str) -> None:
     dtype = "int64" if name == "range" else "float"
     model = graph(
         nodes,
-        inputs="float[B,S,4] x, float[B,P,4] p",
+        inputs="float[B,S,4] x, float[B,P,4] p, float[C,D] z0",
         output=f"{dtype}[{rank}] y",
+        opset=12 if name == "split by an attribute" else 23,
         constants=(
             "int64[2] flat = {-1, 4}, int64[1] last = {-1}, int64[4] heads = {0, 0, 2, 2}, "
             "float[4] row = {1, 2, 3, 4}, float one = {1}, int64[1] zero = {0}, "
@@ -82,3 +95,15 @@ def test_deep_graphs_need_no_deep_recursion() -> None:
     model = models.build(layers=150)
     shape = Shapes().of(model.graph.outputs[0])
     assert shape == (dims.symbol("batch"), dims.symbol("sequence"), 50)
+
+
+def test_long_arithmetic_needs_no_deep_recursion() -> None:
+    """The shape is asked for first, so nothing of the chain is known yet."""
+    steps = "  ".join(f"n{i + 1} = Add(n{i}, n0)" for i in range(2000))
+    model = graph(
+        f"n0 = Shape<start = 0, end = 1>(x)  {steps}  z = Mul(n2000, zero)  "
+        "t = Concat<axis = 0>(z, rest)  y = Reshape(x, t)",
+        output="float[C,D] y",
+        constants="int64[1] zero = {0}, int64[1] rest = {-1}",
+    )
+    assert shape_of(model) == (B, dims.multiply(S, 4))

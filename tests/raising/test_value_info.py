@@ -20,7 +20,34 @@ def test_missing_types_and_shapes_are_inferred():
     case = graph("a = Tanh(x)  s = Shape(a)  y = Reshape(a, s)")
     value_info.fill(case)
     assert case.graph[1].outputs[0].dtype == ir.DataType.INT64
+    assert _shapes(case)["a"] == [None, None, 4]  # names are written where they are proven
+    value_info.refresh(case)
     assert _shapes(case)["a"] == ["B", "S", 4]
+
+
+def test_names_that_inference_gets_wrong_are_not_taken():
+    """ONNX follows sizes through bool, and lengths through a Slice that goes backwards."""
+    case = graph(
+        "s = Shape(x)  b = Cast<to = 9>(s)  i = Cast<to = 7>(b)  e = Expand(one, i)"
+        "  r = Slice(x, zero, low, zero, two)  a = Tanh(r)  y = Add(a, e)",
+        output="float[C,S,4] y",
+        constants="float[1] one = {1}, int64[1] zero = {0}, int64[1] low = {-100}, "
+        "int64[1] two = {-2}",
+    )
+    value_info.refresh(case)
+    shapes = _shapes(case)
+    assert shapes["e"] in (None, [None, None, None])
+    assert shapes["a"] == [None, "S", 4]
+
+
+def test_vectors_that_double_do_not_keep_inference_busy():
+    steps = "  ".join(f"c{i + 1} = Concat<axis = 0>(c{i}, c{i})" for i in range(60))
+    case = graph(
+        f"{steps}  m = ReduceMax<keepdims = 0>(c60)  y = Add(x, m)",
+        constants="float[2] c0 = {1, 2}",
+    )
+    value_info.refresh(case)
+    assert _shapes(case)["c3"] == [16]
 
 
 def test_symbolic_sizes_are_written_in_words():

@@ -221,3 +221,30 @@ def test_a_junk_file_is_a_model_error(tmp_path):
     path.write_bytes(b"not a model")
     with pytest.raises(ModelError, match=r"junk\.onnx"):
         ort.OrtRunner(path)
+
+
+def test_attention_runs_where_inference_does_not_know_the_width_of_the_values():
+    model = text(
+        "<float[4,2] w = {1, 0, 0, 1, 1, 0, 0, 1}, int64[1] two = {2}> {"
+        " s = Shape<end = 2>(k)  t = Concat<axis = 0>(s, two)  v = Reshape(f, t)"
+        " a = Attention<q_num_heads = 2, kv_num_heads = 1>(q, k, v)"
+        " b = Attention<q_num_heads = 2, kv_num_heads = 1>(a, k, v)  y = MatMul(b, w) }",
+        "(float[B,S,4] q, float[B,S,2] k, float[M] f) => (float[B,S,2] y)",
+        opset=23,
+    )
+    (values,) = (v for node in model.graph for v in node.outputs if v.name == "v")
+    values.type, values.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["B", "S", 2])
+    ones = {"q": (1, 3, 4), "k": (1, 3, 2), "f": (6,)}
+    feed = {name: np.ones(shape, np.float32) for name, shape in ones.items()}
+    assert ort.OrtRunner(model).run(feed)["y"].tolist() == [[[2, 2]] * 3]
+
+
+def test_messages_of_onnx_runtime_are_told_without_its_own_code() -> None:
+    text = (
+        "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running "
+        "Attention node. Name:'a' Status Message: /build/core/helper.h:41 onnxruntime::common::"
+        "Status onnxruntime::attention_helper::Check(const onnxruntime::Tensor*, int, float, "
+        "onnxruntime::TensorShape&, bool) parameters.batch_size > 0 was false. "
+    )
+    message = str(ort.translate_error(RuntimeError(text), "model"))
+    assert message == "model: node 'a' (Attention) failed: parameters.batch_size > 0 was false."

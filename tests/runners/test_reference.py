@@ -393,3 +393,42 @@ def test_an_int8_product_computes_what_the_runtime_computes(bias: bool, per_colu
     np.testing.assert_allclose(found, expected, atol=FLOAT32)
     (wide,) = ReferenceRunner(model, double=True).run(given).values()
     assert wide.dtype == np.float64
+
+
+def test_constants_are_seen_from_inside_a_loop() -> None:
+    model = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["" : 20]> g (float[2] x) => (float[2] y)'
+        " <int64 n = {3}, bool go = {1}, float[2] k = {1, 2}> {"
+        " y = Loop (n, go, x) <body = b (int64 i, bool c, float[2] s) => (bool d, float[2] r)"
+        " { d = Identity(c)  r = Add(s, k) }> }"
+    )
+    (found,) = ReferenceRunner(model, double=True).run({"x": np.zeros(2, np.float32)}).values()
+    np.testing.assert_array_equal(found, [3, 6])
+
+
+def test_functions_of_another_opset_are_unsupported() -> None:
+    model = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["" : 20, "own" : 1]> g (float[2] x) => (float[2] y)'
+        ' { y = own.f(x) } <domain: "own", opset_import: ["" : 18]> f (v) => (r) { r = Neg(v) }'
+    )
+    with pytest.raises(UnsupportedError, match="cannot be written out"):
+        ReferenceRunner(model)
+
+
+def test_a_node_that_needs_too_much_memory_is_named() -> None:
+    model = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["" : 20]> g (int64[1] n) => (float[M] y)'
+        " { [fill] y = ConstantOfShape(n) }"
+    )
+    with pytest.raises(UnsupportedError, match=r"'fill' .* more memory"):
+        ReferenceRunner(model).run({"n": np.array([2**55])})
+
+
+def test_strings_are_text_as_those_of_onnx_runtime_are() -> None:
+    model = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["" : 20]> g (string[1] x) => (string[2] y)'
+        ' <string[1] k = {"ä"}> { y = Concat <axis = 0> (x, k) }'
+    )
+    feed = {"x": np.array(["b"], object)}
+    for runner in (ReferenceRunner(model), OrtRunner(model)):
+        assert runner.run(feed)["y"].tolist() == ["b", "ä"]
