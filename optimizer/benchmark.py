@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from optimizer.deviation import is_floating
 from optimizer.errors import ExportError, OptionError
 from optimizer.feeds import Sizes, synthesize
 from optimizer.machine import describe_machine
-from optimizer.runners.ort import OrtRunner, import_onnxruntime, translate_error
+from optimizer.runners.ort import OrtRunner, ort_value, translate_error
 from optimizer.samples import InputSpec, check_feed
 
 #: Metadata key under which a model says how its KV cache is fed (optimizer.legalize).
@@ -145,7 +146,9 @@ class Operand:
         setup = setup or Setup()
         self.label = label
         started = time.perf_counter()
-        self._runner = OrtRunner(model, threads=setup.threads, custom_ops=setup.custom_ops)
+        self._runner = OrtRunner(
+            model, threads=setup.threads, custom_ops=setup.custom_ops, rounding=False
+        )
         self.load_seconds = time.perf_counter() - started
         self._session = self._runner.session
         inputs = [_with_vocabulary(s, setup.vocabulary) for s in self._runner.inputs]
@@ -157,7 +160,8 @@ class Operand:
         self.feed = synthesize(inputs, sizes, np.random.default_rng(0))
         for name, array in setup.feed.items():
             if name in self.feed:
-                self.feed[name] = array
+                dtype = self.feed[name].dtype  # of a model in half precision another one
+                self.feed[name] = array.astype(dtype) if is_floating(array) else array
         check_feed(self.feed, self._runner.inputs, label)
         self._bind(buffers)
 
@@ -171,13 +175,9 @@ class Operand:
         return dict(facts.get("buffers", {})) if facts.get("form") == "in-place" else {}
 
     def _bind(self, buffers: Mapping[str, str]) -> None:
-        ort = import_onnxruntime()
         self._binding = self._session.io_binding()
         # OrtValues on the CPU share memory with these arrays, which must stay alive.
-        self._values = {
-            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
-            for name, array in self.feed.items()
-        }
+        self._values = {name: ort_value(array) for name, array in self.feed.items()}
         for name, value in self._values.items():
             self._binding.bind_ortvalue_input(name, value)
         shared = {present: past for past, present in buffers.items()}

@@ -18,6 +18,7 @@ from optimizer.metrics import Drift, DriftMeter
 from optimizer.observers import (
     ChannelRange,
     ChannelSquareSum,
+    Extreme,
     Observer,
     RowMaximum,
     TokenCosine,
@@ -31,6 +32,7 @@ __all__ = [
     "Calibration",
     "ChannelRange",
     "ChannelSquareSum",
+    "Extreme",
     "Observer",
     "Reference",
     "RowMaximum",

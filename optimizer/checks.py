@@ -55,8 +55,8 @@ def check_pass(before: ir.Model, after: ir.Model, graph_pass: PassLike, report: 
     Args:
         before: A clone taken before the pass ran.
         after: The rewritten model.
-        graph_pass: Its ``breaks`` may name "inputs" and "outputs"; its ``emits`` the operators it
-            may add beyond those of the standard.
+        graph_pass: Its ``breaks`` may name "inputs" and "outputs", or "input types" and "output
+            types"; its ``emits`` the operators it may add beyond those of the standard.
         report: What it says it did.
 
     Raises:
@@ -72,10 +72,10 @@ def check_pass(before: ir.Model, after: ir.Model, graph_pass: PassLike, report: 
     if not report.modified:
         raise PassContractError(f"{where} reports modified=False, but {change}.")
     breaks = graph_pass.breaks
-    if "inputs" not in breaks:
-        _check_interface(before.graph.inputs, after.graph.inputs, "input", where)
-    if "outputs" not in breaks:
-        _check_interface(before.graph.outputs, after.graph.outputs, "output", where)
+    for kind in ("input", "output"):
+        old, new = (_interface(model.graph, kind) for model in (before, after))
+        if f"{kind}s" not in breaks:
+            _check_interface(old, new, kind, where, types=f"{kind} types" not in breaks)
     repeated = {name for name, count in _node_names(before).items() if count > 1}
     check_graph(after, where, operators={*_operators(before), *graph_pass.emits}, repeated=repeated)
 
@@ -202,8 +202,12 @@ def _why_unknown(value: ir.Value, graph: ir.Graph) -> str:
     return "which belongs to another graph"
 
 
+def _interface(graph: ir.Graph, kind: str) -> Sequence[ir.Value]:
+    return graph.inputs if kind == "input" else graph.outputs
+
+
 def _check_interface(
-    before: Sequence[ir.Value], after: Sequence[ir.Value], kind: str, where: str
+    before: Sequence[ir.Value], after: Sequence[ir.Value], kind: str, where: str, *, types: bool
 ) -> None:
     names = [[str(v.name) for v in side] for side in (before, after)]
     if names[0] != names[1]:
@@ -214,7 +218,7 @@ def _check_interface(
             f"{where} changed the graph {kind}s ({what}) and does not declare it in 'breaks'."
         )
     for old, new in zip(before, after, strict=True):
-        if old.dtype is not None and old.dtype != new.dtype:
+        if types and old.dtype is not None and old.dtype != new.dtype:
             raise PassContractError(
                 f"{where}: {kind} '{old.name}' was {old.dtype} and became {new.dtype}."
             )

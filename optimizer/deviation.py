@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import ml_dtypes
 import numpy as np
 
 from optimizer.errors import VerificationError
@@ -77,8 +78,7 @@ def collect(
         if attribute == "found" and not np.isfinite(found[finite]).all():
             raise VerificationError(f"output '{name}' is not finite where the original's is")
         difference = np.abs(wide(found)[finite] - wide(expected)[finite])
-        if raw.dtype.kind == "f":
-            entry.epsilon = max(entry.epsilon, float(np.finfo(raw.dtype).eps))
+        entry.epsilon = max(entry.epsilon, float(ml_dtypes.finfo(raw.dtype).eps))
         entry.scale = max(entry.scale, float(np.abs(expected[finite]).max(initial=0.0)))
         largest = float(difference.max(initial=0.0))
         setattr(entry, attribute, max(getattr(entry, attribute), largest))

@@ -68,9 +68,12 @@ def lazy(
 
 
 def derived(
-    value: ir.Value, shape: Sequence[int], fn: Callable[[np.ndarray], np.ndarray]
+    value: ir.Value,
+    shape: Sequence[int],
+    fn: Callable[[np.ndarray], np.ndarray],
+    dtype: ir.DataType | None = None,
 ) -> ir.LazyTensor:
-    """A lazy tensor ``fn(numbers of the constant value)``, of the same element type.
+    """A lazy tensor ``fn(numbers of the constant value)``, of element type ``dtype`` or the same.
 
     The result of ``fn`` is copied, and the memory map of the source is closed after each read, so
     that writing a model of any size needs the memory of its largest tensor only.
@@ -88,7 +91,7 @@ def derived(
         release(tensor)
         return result
 
-    return lazy(value.name, tensor.dtype, shape, read)
+    return lazy(value.name, dtype or tensor.dtype, shape, read)
 
 
 def release(tensor: ir.TensorProtocol) -> None:
@@ -268,6 +271,21 @@ def replace_value(old: ir.Value, new: ir.Value, *, keep_name: bool = False) -> N
     new.type = old.type
     new.shape = None if old.shape is None else old.shape.copy()
     old.replace_all_uses_with(new, replace_graph_outputs=True)
+    _take_name(old, new)
+
+
+def replace_output(old: ir.Value, new: ir.Value) -> None:
+    """Let ``new`` be the graph output in the place of ``old``, which its other users keep.
+
+    Args:
+        old: A graph output; takes the name that ``new`` had.
+        new: Computed in the same graph, and no output itself; takes the name of ``old``.
+    """
+    graph = old.graph
+    if graph is None or not old.is_graph_output():
+        msg = f"value '{old.name}' is no graph output"
+        raise ValueError(msg)
+    graph.outputs[list(graph.outputs).index(old)] = new
     _take_name(old, new)
 
 

@@ -14,6 +14,7 @@ from optimizer import graph
 from optimizer.blocks import Block, Experts, Linear, Mlp, find_blocks
 from optimizer.fusion.cache import KV_GROUPS_KEY
 from optimizer.fusion.legality import GROUP_KEY
+from optimizer.half_weights import stored_bytes
 from optimizer.model_io import external_files, hash_file, load_model
 from optimizer.pass_base import Context
 from optimizer.quantized_parts import stored
@@ -108,7 +109,7 @@ def _block(block: Block) -> dict[str, Any]:
         "index": block.index,
         "layers": None if members is None else [int(number) for number in members.split(",")],
         "parameters": sum(tensor.size for tensor in tensors),
-        "bytes": sum(tensor.nbytes for tensor in tensors),
+        "bytes": sum(stored_bytes(tensor) for tensor in tensors),
         "style": block.style.value,
         "norm": block.attention_norm.kind.value,
         "hidden": block.hidden_size,

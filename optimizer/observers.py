@@ -153,6 +153,29 @@ class RowMaximum:
             self.minimum = min(self.minimum, float(used.min()))
 
 
+class Extreme:
+    """The largest number that a value ever has, or the smallest.
+
+    For values that hold one number computed from an activation inside of the model. Padding is
+    part of such a number.
+
+    Attributes:
+        found: The number; None before one was seen.
+    """
+
+    def __init__(self, value: ir.Value, *, largest: bool) -> None:
+        self.values: tuple[ir.Value, ...] = (value,)
+        self.found: float | None = None
+        self._choose = max if largest else min
+
+    def update(self, arrays: tuple[np.ndarray, ...], valid: np.ndarray | None) -> None:
+        """Take in one batch."""
+        del valid
+        number = float(arrays[0])
+        if not np.isnan(number):
+            self.found = number if self.found is None else self._choose(self.found, number)
+
+
 class TokenCosine:
     """Mean cosine between pairs of values [B, S, D], over valid tokens.
 

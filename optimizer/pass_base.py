@@ -65,6 +65,7 @@ class Report:
         skipped: Sites left alone, each with its reason.
         sites: Names of the rewritten sites, in graph order.
         details: JSON-compatible facts for the manifest (chosen groups, scales' range, ...).
+        notes: What the user should know about the result as a whole, as sentences without a dot.
     """
 
     modified: bool
@@ -72,6 +73,7 @@ class Report:
     skipped: tuple[Skip, ...] = ()
     sites: tuple[str, ...] = ()
     details: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -80,6 +82,7 @@ class Context:
 
     Attributes:
         target: Name of the target the result is meant for (``optimizer.targets``).
+        opset: Of the result, where the user asks for one.
         calibration: Sample data bound to a runner, or None where the user gave none.
         evaluation: Held-out data that drift is reported on; a pass decides on it only where there
             is no calibration data.
@@ -89,6 +92,7 @@ class Context:
     """
 
     target: str = "ort-cpu"
+    opset: int | None = None
     calibration: Calibration | None = None
     evaluation: Calibration | None = None
     listener: Listener = field(default_factory=Silent)
@@ -110,7 +114,8 @@ class GraphPass(Generic[OptionsT]):
     after: ClassVar[tuple[str, ...]] = ()
     #: Operators of other domains that this pass may emit, as (domain, op type).
     emits: tuple[tuple[str, str], ...] = ()
-    #: Invariants this pass may change: "inputs", "outputs" (names/shapes of graph inputs/outputs).
+    #: Invariants this pass may change: "inputs", "outputs" (names, types and shapes of graph inputs
+    #: and outputs), "input types", "output types" (their element types alone).
     breaks: frozenset[str] = frozenset()
     #: Whether it reads the canonical dialect; otherwise it may also stand before ``canonicalize``.
     canonical: ClassVar[bool] = True

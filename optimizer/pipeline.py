@@ -142,6 +142,7 @@ class Run:
     def _context(self) -> Context:
         return Context(
             target=self.recipe.settings.target,
+            opset=self.recipe.settings.opset,
             calibration=self.data.calibration,
             evaluation=self.data.measuring,
             listener=self.listener,
@@ -246,6 +247,7 @@ def _row(
         skipped=result.skipped,
         sites=result.sites,
         details=result.details,
+        notes=result.notes,
         before=sizes[0],
         after=sizes[1],
         seconds=times[0],

@@ -75,6 +75,8 @@ def skeleton(
         tensor = value.const_value
         if tensor is None or (read is not None and name not in read):
             continue
+        if not (value.uses() or value.is_graph_input() or value.is_graph_output()):
+            continue  # runtimes drop it, and miss it when its numbers arrive
         if tensor.nbytes <= inline_bytes or tensor.dtype in keep:
             _write_inline(proto.graph.initializer.add(), name, tensor)
         else:

@@ -42,6 +42,7 @@ class Row:
         skipped: Sites left alone, with reasons.
         sites: Names of the rewritten sites.
         details: Facts the pass reports (chosen groups, ...).
+        notes: What the user should know about the result.
         before, after: Extent of the model.
         seconds: Of the rewrite itself, and of checking and measuring it.
         seconds_checking: Of checking and measuring it.
@@ -64,6 +65,7 @@ class Row:
     peak_bytes: int
     drift: Drift | None = None
     verdict: str | None = None
+    notes: tuple[str, ...] = ()
 
     def statistics(self) -> dict[str, Any]:
         """JSON-compatible, without what differs from run to run."""
@@ -79,6 +81,7 @@ class Row:
             "drift": None if self.drift is None else self.drift.as_dict(),
             "verification": self.verdict,
             "details": self.details,
+            "notes": list(self.notes),
         }
 
 

@@ -147,6 +147,7 @@ def run_stages(
     """
     context = Context(
         target=recipe.settings.target,
+        opset=recipe.settings.opset,
         calibration=data.calibration,
         evaluation=data.measuring,
         listener=listener,

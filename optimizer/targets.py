@@ -25,6 +25,19 @@ class Quantization(enum.Enum):
     S8_QDQ = "s8-qdq"
 
 
+class HalfPrecision(enum.Enum):
+    """What a target does with a 16-bit floating type.
+
+    COMPUTED: it computes with such numbers.
+    STORED: weights and interface may have the type, computing is done in float32. ONNX Runtime has
+        few kernels for either type on x86 processors: bfloat16 it refuses, float16 it converts
+        around its kernels, which is slower than float32.
+    """
+
+    COMPUTED = "computed"
+    STORED = "stored"
+
+
 @dataclass(frozen=True)
 class Target:
     """Capabilities of one target.
@@ -41,6 +54,7 @@ class Target:
         attention: Whether the standard Attention operator (opset 23) runs.
         rotary: Whether the standard RotaryEmbedding operator (opset 23) runs.
         full_attention_mask: Whether an attention mask must have its query dimension written out.
+        float16, bfloat16: What it does with these types.
         notes: What a user should know about this target.
     """
 
@@ -56,7 +70,18 @@ class Target:
     attention: bool = True
     rotary: bool = True
     full_attention_mask: bool = False
+    float16: HalfPrecision = HalfPrecision.COMPUTED
+    bfloat16: HalfPrecision = HalfPrecision.COMPUTED
     notes: str = ""
+
+    def opset_for(self, own: int) -> int:
+        """The opset that a model of opset ``own`` is written in, unless the user asks for one."""
+        return own if self.min_opset <= own <= self.max_opset else self.opset
+
+    def only_stores(self, name: str) -> bool:
+        """Whether it does not compute in the type "float16" or "bfloat16"."""
+        kinds = {"float16": self.float16, "bfloat16": self.bfloat16}
+        return kinds[name] is HalfPrecision.STORED
 
 
 TARGETS: dict[str, Target] = {
@@ -73,6 +98,8 @@ TARGETS: dict[str, Target] = {
             quantization=Quantization.U8S8_CONTRIB,
             contrib_ops=True,
             full_attention_mask=True,
+            float16=HalfPrecision.STORED,
+            bfloat16=HalfPrecision.STORED,
             notes="ONNX Runtime 1.30 or later on x86-64 or Arm CPUs",
         ),
         Target(

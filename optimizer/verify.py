@@ -8,7 +8,8 @@ criterion is applied per output, over all probes. APPROXIMATE: the drift is meas
 
 A quantized model rounds to integers inside: there, the smallest difference in float32 may end in
 another code, a whole step away, in either model and by chance. So the rewritten model is run in
-float64 as well, where such a chance is 2^-29 of that.
+float64 as well, where such a chance is 2^-29 of that. So is one in half precision: how many
+roundings it takes to compute the same is not what a rewrite promises.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from optimizer.runners.ort import OrtRunner
 from optimizer.runners.reference import ReferenceRunner
 from optimizer.samples import SampleSet
 from optimizer.segments import Segment, segments
+from optimizer.widening import half_types, rounded
 
 #: Both factors where only float32 can be compared with float32: then the difference holds the
 #: errors of both sides, and the original's own error is only estimated.
@@ -122,6 +124,7 @@ class _Comparison:
     after: ir.Model
     custom_ops: Sequence[str | Path]
     threads: int
+    _widened: dict[ir.Model, ir.Model] = field(default_factory=dict)
 
     def run(
         self, probes: Sequence[Probe], exactness: Exactness, max_memory: int | None
@@ -142,10 +145,10 @@ class _Comparison:
         """Why the float64 reference is not to be trusted, or None.
 
         A bound of twice the original's own error means nothing where that error comes from an
-        operator that the reference computes differently. Only rounding to integers makes
-        float32 differ from float64 by this much legitimately.
+        operator that the reference computes differently. Only rounding to integers or to half
+        precision makes a model differ from float64 by this much legitimately.
         """
-        if self._rounds():
+        if self._rounds() or self._is_half():
             return None
         for name, error in errors.items():
             if error.own > DOUBTFUL_ERROR * error.scale:
@@ -159,6 +162,10 @@ class _Comparison:
         """Whether the original rounds to integers somewhere."""
         return any(node.op_type in _ROUNDING for node in self.before.graph)
 
+    def _is_half(self) -> bool:
+        """Whether either model computes in half precision."""
+        return bool(half_types(self.before) or half_types(self.after))
+
     def _ort(self, model: ir.Model, *, optimize: bool = True) -> Runner:
         return OrtRunner(
             model,
@@ -167,6 +174,12 @@ class _Comparison:
             exact=True,
             custom_ops=self.custom_ops,
         )
+
+    def _wide(self, model: ir.Model) -> ir.Model:
+        """``model`` as ONNX Runtime runs it in parts: float32, rounded where it is half."""
+        if model not in self._widened:
+            self._widened[model] = rounded(model).model
+        return self._widened[model]
 
     def _cuts(self, max_memory: int | None) -> tuple[list[str], str]:
         """Names of values to cut both models at (none = run them whole), and what to say."""
@@ -180,9 +193,8 @@ class _Comparison:
         meter = DriftMeter(scores=name == "logits")
         old, new = self._ort(self.before), self._ort(self.after)
         for probe in probes:
-            meter.update(
-                probe.rows(old.run(probe.feed)[name]), probe.rows(new.run(probe.feed)[name])
-            )
+            found = new.run(_fitting(probe.feed, new))[name]
+            meter.update(probe.rows(old.run(probe.feed)[name]), probe.rows(found))
         return meter.result().as_dict()
 
     def _bitwise(self, probes: Sequence[Probe], counts: dict[str, int]) -> Verification:
@@ -214,7 +226,7 @@ class _Comparison:
             return self._against_float32(probes, str(error))
         method = "float64 reference"
         errors: dict[str, OutputError] = {}
-        if self._rounds() and not cuts:
+        if (self._rounds() or self._is_half()) and not cuts:
             try:
                 self._both(
                     probes, wanted, errors, reference=ReferenceRunner(self.after, double=True)
@@ -222,13 +234,21 @@ class _Comparison:
             except UnsupportedError:
                 pass  # ONNX Runtime can still tell whether the two are far apart
             else:
-                for found in errors.values():  # of ONNX Runtime, which neither side's numbers have
-                    found.own = 0.0
-                return errors, "both in float64, because rounding to integers magnifies roundings"
+                half = self._is_half()
+                for found in errors.values():
+                    # Neither side's numbers have the errors of ONNX Runtime, nor the roundings of
+                    # the outputs; but what is folded is rounded to half precision once more.
+                    found.own = found.own if half else 0.0
+                    found.epsilon = OutputError.epsilon
+                steps = "half precision rounds every step"
+                integers = "rounding to integers magnifies roundings"
+                return errors, f"both in float64, because {steps if half else integers}"
         if cuts:
             method += f", block by block ({len(cuts) + 1} parts)"
             for old_part, new_part in zip(
-                segments(self.before, cuts), segments(self.after, cuts), strict=True
+                segments(self._wide(self.before), cuts),
+                segments(self._wide(self.after), cuts),
+                strict=True,
             ):
                 self._segment(old_part, new_part, probes, wanted, errors)
             return errors, method
@@ -265,7 +285,7 @@ class _Comparison:
         wanted: Sequence[Outputs],
         errors: dict[str, OutputError],
     ) -> None:
-        sides = ((self.before, old, "own"), (self.after, new, "found"))
+        sides = ((self._wide(self.before), old, "own"), (self._wide(self.after), new, "found"))
         for model, segment, attribute in sides:
             runner: OrtRunner | None = None
             for probe, reference in zip(probes, wanted, strict=True):
@@ -279,6 +299,7 @@ class _Comparison:
                         part=part,
                         threads=self.threads,
                         exact=True,
+                        rounding=False,
                         custom_ops=self.custom_ops,
                     )
                 types = {spec.name: spec.dtype for spec in runner.inputs}
@@ -345,5 +366,10 @@ def _common(expected: Outputs, found: Outputs) -> list[str]:
 
 
 def _fitting(feed: Mapping[str, np.ndarray], runner: Runner) -> dict[str, np.ndarray]:
-    """The part of a feed that a model still asks for."""
-    return {name: feed[name] for name in runner.input_names if name in feed}
+    """The part of a feed that a model still asks for, in the types in which it does."""
+    types = {spec.name: spec.dtype for spec in getattr(runner, "inputs", ())}
+    return {
+        name: feed[name].astype(types[name]) if is_floating(feed[name]) and types else feed[name]
+        for name in runner.input_names
+        if name in feed
+    }

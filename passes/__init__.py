@@ -23,7 +23,14 @@ if TYPE_CHECKING:
 
     from optimizer.pass_base import GraphPass
 
-PASS_NAMES: tuple[str, ...] = ("canonicalize", "cqil", "outliertune", "fuse-concurrent")
+PASS_NAMES: tuple[str, ...] = (
+    "canonicalize",
+    "cqil",
+    "outliertune",
+    "fuse-concurrent",
+    "fp16",
+    "bf16",
+)
 #: Names that passes from elsewhere cannot have: reports have a stage of the last one.
 RESERVED = (*PASS_NAMES, "legalize")
 

@@ -1,6 +1,8 @@
 """Raises every exporter's spelling to the canonical dialect that all other passes are written for.
 
 Rewrite:      graph as exported -> graph in the dialect of ``optimizer/DESIGN.md``
+              half precision -> float32 with weights stored as they are, for a target that does not
+              compute in it
 Applies when: a rule of ``STEPS`` proves that its rewrite computes the same; what it does not
               recognise it leaves alone, and says why where it came close
 Exactness:    reassociated: sums and products may be ordered differently
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from optimizer import gate
+from optimizer import gate, widening
 from optimizer.pass_base import Context, Exactness, GraphPass, PassOptions, Report, Skip
 from optimizer.raising import (
     activations,
@@ -29,6 +31,7 @@ from optimizer.raising import (
     cse,
     dynamic_tanh,
     grouped,
+    half_weights,
     inline,
     linears,
     norms,
@@ -43,6 +46,7 @@ from optimizer.raising import (
     value_info,
 )
 from optimizer.raising.base import Miss, RuleReport, opset_of
+from optimizer.targets import get_target
 
 Rule = Callable[[ir.Model], RuleReport]
 
@@ -118,6 +122,7 @@ _TYPES = "types"
 STEPS: tuple[Step, ...] = (
     Step("inline", inline.run),
     Step("constants", constants.lift),
+    Step("half-precision weights", half_weights.run),
     Step("merge", cse.run),
     Step(_TYPES, value_info.fill),
     Step("clean", clean),
@@ -138,6 +143,19 @@ STEPS: tuple[Step, ...] = (
 )
 
 
+def steps_for(target: str) -> tuple[Step, ...]:
+    """``STEPS``, and before the last one what ``target`` does not compute in becomes float32.
+
+    Not earlier: the rules know how far constants may be off that are stored in half precision.
+    """
+    chosen = get_target(target)
+
+    def widen(model: ir.Model) -> RuleReport:
+        return RuleReport(widening.store_for(model, chosen))
+
+    return (*STEPS[:-1], Step("half precision", widen), STEPS[-1])
+
+
 class CanonicalizeOptions(PassOptions):
     """None: there is one canonical form."""
 
@@ -155,12 +173,13 @@ class Canonicalize(GraphPass[CanonicalizeOptions]):
             return self._run(model, context)
 
     def _run(self, model: ir.Model, context: Context) -> Report:
+        steps = steps_for(context.target)
         counts: Counter[str] = Counter()
         skipped: dict[str, tuple[Miss, ...]] = {}
         warned: dict[Miss, None] = {}
         for number in range(_MAX_ROUNDS):
             before = counts.total()
-            for step in STEPS:
+            for step in steps:
                 if opset_of(model) < step.opset:
                     continue
                 with gate.labelled(step.name):

@@ -28,11 +28,11 @@ LAYERS = [
         "errors",
         "machine metrics inputs sample_sources samples feeds probes deviation targets memory "
         "listener onnx_wire gate halving elf environment diagnosis",
-        "graph nodes proto segments fingerprint structure norm_parts quantized_parts "
-        "block_parts special_parts blocks raising fusion checks model_tensors sparse_input notes "
-        "model_functions model_input model_writer model_io frontends runners",
-        "observers calibration pass_base graphsurgeon external_passes quantization generation "
-        "legalize",
+        "graph nodes proto half_weights segments fingerprint structure norm_parts quantized_parts "
+        "block_parts special_parts blocks raising widening fusion checks model_tensors "
+        "sparse_input notes model_functions model_input model_writer model_io frontends runners",
+        "observers calibration pass_base graphsurgeon external_passes quantization precision "
+        "generation legalize",
         "passes pass_template",
         "budget recipe provenance report verify pipeline benchmark export inspection comparison "
         "divergence judges command_judge stages shares bisection "

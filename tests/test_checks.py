@@ -166,6 +166,19 @@ def test_declared_operators_and_broken_invariants_are_allowed():
     check(before, model, emits=(("com.example", "MatMul"),), breaks=frozenset({"outputs"}))
 
 
+def test_types_alone_may_be_declared_broken():
+    model = models.build(kv_cache=True)
+    before = model.clone()
+    first(model, "Sigmoid").name = "renamed"
+    change_type(model)
+    check(before, model, breaks=frozenset({"output types"}))
+    with pytest.raises(PassContractError, match="became DOUBLE"):
+        check(before, model, breaks=frozenset({"input types"}))
+    forget_rank(model)
+    with pytest.raises(PassContractError, match="had shape"):
+        check(before, model, breaks=frozenset({"output types"}))
+
+
 def test_operators_that_were_there_before_may_stay():
     model = models.build()
     foreign_operator(model)

@@ -30,6 +30,8 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
     "cqil": [{"first": 0, "last": 1}],
     "outliertune": [],
     "fuse-concurrent": [{"pack": "always", "stack": "always"}],
+    "fp16": [{"io": "half"}],
+    "bf16": [{"io": "half"}],
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import demo_passes as demo
 import models
@@ -15,6 +16,7 @@ from optimizer.calibration import Calibration, input_specs
 from optimizer.cli import screen
 from optimizer.job import Result
 from optimizer.metrics import Drift
+from optimizer.pass_base import Skip
 from optimizer.pipeline import Data, Run
 from optimizer.recipe import Recipe, Settings, Step
 from optimizer.report import RunReport, library_versions, make_manifest
@@ -71,6 +73,24 @@ def test_reasons_are_grouped_unless_all_are_asked_for(finished: tuple[RunReport,
         "  nothing left layer 0, layer 1 alone: it is not blue"
     ]
     assert len(screen.skip_lines(rows, every=True)) == 2
+
+
+def test_many_reasons_are_counted_and_notes_are_shown(
+    finished: tuple[RunReport, Recipe], capsys: pytest.CaptureFixture[str]
+) -> None:
+    report, recipe = finished
+    row = next(row for row in report.rows if row.name == "nothing")
+    skips = tuple(Skip(f"node {i}", f"reaches {i // 2}") for i in range(24))
+    many = replace(row, skipped=skips, notes=("nothing gets faster",))
+    lines = screen.skip_lines([many], every=False)
+    assert lines[0] == "  nothing left node 0, node 1 alone: reaches 0"
+    assert lines[8:] == ["  nothing left 8 more alone for 4 other reasons; --explain lists them"]
+    assert len(screen.skip_lines([many], every=True)) == 24
+    noted = replace(report, rows=[many])
+    result = Result(ir.Model(ir.Graph([], [], nodes=[]), ir_version=10), noted, {}, recipe, None)
+    screen.print_result(result, explain=False, dry_run=True)
+    assert "  nothing: nothing gets faster" in capsys.readouterr().out
+    assert many.statistics()["notes"] == ["nothing gets faster"]
 
 
 @pytest.mark.parametrize("width", [80, 110])

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from optimizer.api import Result
     from optimizer.benchmark import BenchmarkResult
 
+#: Reasons of one stage that are shown without --explain.
+_MOST_REASONS = 8
 _WIDE = 110  # columns where there is no terminal to ask
 
 
@@ -138,10 +140,18 @@ def skip_lines(rows: Sequence[Row], *, every: bool) -> list[str]:
             continue
         if row.name in ("canonicalize", "legalize") and row.applied:
             continue  # near misses of the clean-up matter to who asks with --explain
+        grouped = list(_by_reason(row.skipped).items())
         lines += [
             f"  {row.name} left {_sites(sites)} alone: {reason}"
-            for reason, sites in _by_reason(row.skipped).items()
+            for reason, sites in grouped[:_MOST_REASONS]
         ]
+        rest = grouped[_MOST_REASONS:]
+        if rest:
+            count = sum(len(sites) for _, sites in rest)
+            lines.append(
+                f"  {row.name} left {count} more alone for {len(rest)} other reasons; --explain "
+                "lists them"
+            )
     return lines
 
 
@@ -159,7 +169,7 @@ def _sites(sites: Sequence[str]) -> str:
 
 
 def _facts(report: RunReport) -> list[str]:
-    lines = []
+    lines = [f"  {row.name}: {note}" for row in report.rows for note in row.notes]
     if report.drift is not None:
         lines.append(f"drift on {report.samples} samples: {drift_text(report.drift)}")
     if report.speedup is not None:

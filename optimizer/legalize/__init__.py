@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from optimizer import gate as gates
+from optimizer import widening
 from optimizer.errors import OptionError, UnsupportedError
 from optimizer.gate import Gate
 from optimizer.legalize import kv_in_place, opset_rules, ort_cpu
@@ -79,6 +80,7 @@ def _lower(
     """Rewrites by kind, and sites left alone."""
     counts: dict[str, int] = {}
     skipped: list[Skip] = []
+    counts["half precision"] = widening.store_for(model, target)
     fast_cpu = target.quantization is Quantization.U8S8_CONTRIB
     if fast_cpu:  # first: it asks for shapes, which the standard operators answer
         counts["row scale"] = ort_cpu.spell_row_scales(model)
@@ -93,6 +95,7 @@ def _lower(
     if target.full_attention_mask and not fast_cpu:
         counts["attention mask"] = ort_cpu.widen_masks(model)
     counts["opset"] = opset_rules.lower(model, opset)
+    counts["stored half precision"] = widening.write_stored(model)
     return {kind: count for kind, count in counts.items() if count}, skipped
 
 
@@ -100,7 +103,7 @@ def _opset(model: ir.Model, target: Target, opset: int | None) -> int:
     """The opset to write."""
     own = model.graph.opset_imports.get("", target.opset)
     if opset is None:
-        return own if target.min_opset <= own <= target.max_opset else target.opset
+        return target.opset_for(own)
     if not target.min_opset <= opset <= target.max_opset:
         msg = (
             f"--opset: found {opset}, target '{target.name}' takes "

@@ -18,6 +18,7 @@ from optimizer import graph as graphs
 from optimizer.errors import UnsupportedError
 from optimizer.nodes import operand, optional
 from optimizer.raising.shapes import Shapes
+from optimizer.widening import HALF_TYPES
 
 #: ``qk_matmul_output_mode`` of an Attention whose fourth output comes after the softmax.
 _WEIGHTS = 3
@@ -319,7 +320,10 @@ def _additive(pen: Pen, mask: ir.Value) -> ir.Value:
     if mask in pen.shared:
         return pen.shared[mask]
     dtype = operand(pen.node).dtype or ir.DataType.FLOAT
-    low = pen.number(float(ml_dtypes.finfo(dtype.numpy()).min))
+    lowest = float(ml_dtypes.finfo(dtype.numpy()).min)
+    if dtype in HALF_TYPES:  # a score added to the lowest number would make it infinite
+        lowest /= 2
+    low = pen.number(lowest)
     result = pen.put("Where", (mask, pen.number(0.0), low), dtype=dtype)
     pen.shared[mask] = result  # the first node to ask comes first, so all others can read it
     return result

@@ -117,6 +117,10 @@ def _fault(node: ir.Node) -> str | None:
     if _int(node, "q_num_heads") == 0 or _int(node, "kv_num_heads") == 0:
         return "it is not in the 3-D form"
     for present in node.outputs[1:3]:
+        if [user.op_type for user, _ in present.uses()] == ["Cast"]:
+            return (
+                f"its present '{present.name}' is computed in another type than it is returned in"
+            )
         if not present.is_graph_output() or present.uses():
             return f"its present '{present.name}' is not just a model output"
     for past in pasts:

@@ -173,7 +173,7 @@ def _refusal(linear: Linear, choice: Choice) -> str | None:
     tensor = graphs.constant(linear.weight)
     if tensor is None or tensor.dtype != ir.DataType.FLOAT:
         found = "unknown" if tensor is None else tensor.dtype.name
-        return f"its weight is {found}, expected FLOAT"
+        return f"its weight is {found}, expected FLOAT, which a model written for ort-cpu has"
     readers = {use.node for use in linear.weight.uses()}
     if len(readers) > 1 or linear.weight.is_graph_output():
         return "its weight is used elsewhere too"

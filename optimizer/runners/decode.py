@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from optimizer.errors import CalibrationError, ModelError
+from optimizer.errors import CalibrationError, ModelError, UnsupportedError
 from optimizer.runners.ort import OrtRunner, import_onnxruntime
 from optimizer.targets import KV_CACHE_KEY
 
@@ -49,8 +49,10 @@ class DecodeSession:
 
         Raises:
             ModelError: The model has no KV cache.
+            UnsupportedError: The cache is of a type that numpy does not have.
         """
-        self._session = OrtRunner(model, threads=threads, optimize=optimize).session
+        runner = OrtRunner(model, threads=threads, optimize=optimize, rounding=False)
+        self._session = runner.session
         if isinstance(model, ir.Model):
             facts = model.metadata_props.get(KV_CACHE_KEY)
         else:
@@ -59,6 +61,13 @@ class DecodeSession:
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
         self._pairs = self._find_pairs(facts)
+        for name in self._pairs:
+            if self._inputs[name].type not in _DTYPES:
+                msg = (
+                    f"the cache '{name}' is {self._inputs[name].type}, which ONNX Runtime does not "
+                    "hand over to Python; write the model with its cache in float32 or float16"
+                )
+                raise UnsupportedError(msg)
         self._logits = next(name for name in self._outputs if name not in self._pairs.values())
         self._room = max_length
         self._cache: dict[str, Any] = {}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -16,6 +18,7 @@ from optimizer.errors import MissingDependencyError, ModelError, OptimizerError,
 from optimizer.proto import Part, skeleton
 from optimizer.runners.base import Feed
 from optimizer.samples import InputSpec, check_feed
+from optimizer.widening import rounded
 
 #: Types that numpy has no element type for stay in the protobuf.
 _INLINE = tuple(
@@ -34,6 +37,7 @@ _DTYPES = {
     "tensor(float)": "float32",
     "tensor(double)": "float64",
     "tensor(float16)": "float16",
+    "tensor(bfloat16)": ml_dtypes.bfloat16,
     "tensor(bool)": "bool",
     "tensor(string)": "object",
     **{f"tensor({s}int{bits})": f"{s}int{bits}" for s in ("", "u") for bits in (8, 16, 32, 64)},
@@ -65,6 +69,10 @@ class OrtRunner:
     The session sees the model as it is at construction: later changes to the graph do not
     reach it.
 
+    ONNX Runtime has no kernels for most operators in bfloat16, and leaves out the roundings
+    between its nodes in float16. Half-precision models therefore run in float32, every value
+    rounded as the model says (``optimizer.widening``).
+
     Attributes:
         inputs: What a feed must hold.
     """
@@ -79,6 +87,7 @@ class OrtRunner:
         optimize: bool = True,
         exact: bool = False,
         custom_ops: Sequence[str | Path] = (),
+        rounding: bool = True,
     ) -> None:
         """Create the session.
 
@@ -91,6 +100,8 @@ class OrtRunner:
             exact: Compute what the graph says: where only weights are quantized, ONNX Runtime
                 rounds the activations to 8 bits as well, unless told otherwise.
             custom_ops: Libraries of custom operators to register.
+            rounding: Compute half precision in float32, rounding every value of a graph that runs
+                whole; otherwise ONNX Runtime does what it does with half precision.
 
         Raises:
             MissingDependencyError: ONNX Runtime, or an operator's library, is missing.
@@ -102,7 +113,15 @@ class OrtRunner:
         options = session_options(threads=threads, optimize=optimize, custom_ops=custom_ops)
         if exact:
             options.add_session_config_entry(_WEIGHT_ONLY_ENTRY, _FLOAT32)
+        if extra_outputs:
+            # What is only measured is measured where it is computed, and not at the very end, when
+            # all values would have to be there still.
+            options.execution_order = import_onnxruntime().ExecutionOrder.PRIORITY_BASED
+        half: Mapping[str, ir.DataType] = {}
         if isinstance(model, ir.Model):
+            if rounding and part is None:
+                wide = rounded(model)
+                model, half = wide.model, wide.types
             source: str | bytes = self._serialize(model, options, extra_outputs, part)
         else:
             source = str(model)
@@ -111,7 +130,9 @@ class OrtRunner:
             self._session = _session(source, options, _LIBERTIES if exact else ())
         except Exception as error:
             raise translate_error(error, where) from error
-        self.inputs = tuple(_input_spec(value) for value in self._session.get_inputs())
+        specs = (_input_spec(value) for value in self._session.get_inputs())
+        self._half = {name: np.dtype(dtype.numpy()) for name, dtype in half.items()}
+        self.inputs = tuple(replace(s, dtype=self._half.get(s.name, s.dtype)) for s in specs)
         self._outputs = tuple(value.name for value in self._session.get_outputs())
         self._where = where
 
@@ -139,7 +160,7 @@ class OrtRunner:
         _link_files(proto, large, options)
         if large:
             # The session reads this memory as long as it lives, but does not own it.
-            self._weights = [_ort_value(t) for t in large.values()]
+            self._weights = [ort_value(t.numpy(), t.dtype) for t in large.values()]
             options.add_external_initializers(list(large), self._weights)
         try:
             return bytes(proto.SerializeToString(deterministic=True))
@@ -171,11 +192,14 @@ class OrtRunner:
             ModelError: The run failed; names the node.
         """
         check_feed(feed, self.inputs, "feed")
+        wide = {name: a.astype(np.float32) if name in self._half else a for name, a in feed.items()}
         try:
-            arrays = self._session.run(None, dict(feed))
+            arrays = self._session.run(None, wide)
         except Exception as error:
             raise translate_error(error, self._where) from error
         result = dict(zip(self._outputs, arrays, strict=True))
+        for name in self._half.keys() & result.keys():
+            result[name] = result[name].astype(self._half[name])
         for name in self._passed:
             result[name] = feed[name]
         return result
@@ -256,14 +280,21 @@ def session_options(
     return options
 
 
-def _ort_value(tensor: ir.TensorProtocol) -> Any:
+def ort_value(array: np.ndarray, dtype: ir.DataType | None = None) -> Any:
+    """An array as ONNX Runtime holds it; it may share the array's memory.
+
+    Args:
+        array: Of any element type but strings.
+        dtype: The element type, where numpy has none of its own for it.
+    """
     ort = import_onnxruntime()
-    array = np.ascontiguousarray(tensor.numpy())
+    array = np.ascontiguousarray(array)
     if array.dtype.kind in "fiub" and array.dtype.isbuiltin == 1:
         return ort.OrtValue.ortvalue_from_numpy(array)
     # bfloat16 and the 8-bit floats are passed as the integers that hold their bits.
     bits = array.view(f"uint{array.dtype.itemsize * 8}")
-    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, tensor.dtype.value)
+    dtype = dtype or ir.DataType.from_numpy(array.dtype)
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, dtype.value)
 
 
 def _input_spec(value: Any) -> InputSpec:

@@ -1,6 +1,8 @@
 """Runs models in numpy, one operator after the other, optionally in float64.
 
-In float64 the result is exact for the purpose of judging float32: rounding is 2^-29 of it.
+In float64 the result is exact for the purpose of judging float32: rounding is 2^-29 of it. That
+goes for half precision too, whose Casts round nothing there. Without float64, half precision is
+computed in float32 and rounded after every operator, as in ``runners.ort``.
 Weights are converted where they are used, so memory stays near that of the activations.
 """
 
@@ -22,6 +24,7 @@ from optimizer.proto import names_read
 from optimizer.runners.base import Feed
 from optimizer.runners.numpy_ops import Array
 from optimizer.runners.operators import find_operator
+from optimizer.widening import Rounded, rounded
 
 #: Converted initializers up to this many bytes are kept between runs.
 _CACHE_BYTES = 1 << 20
@@ -70,6 +73,9 @@ class ReferenceRunner:
             except (ValueError, RuntimeError) as error:  # written for another opset than the model
                 msg = f"the functions of the model cannot be written out: {error}"
                 raise UnsupportedError(msg) from error
+        wide = Rounded(model, {}) if double else rounded(model)
+        model = wide.model
+        self._half = {name: dtype.numpy() for name, dtype in wide.types.items()}
         graph = model.graph
         self._double = double
         self._tensors = {
@@ -100,7 +106,9 @@ class ReferenceRunner:
             ModelError: A node failed; names it.
             UnsupportedError: A node needs more memory than there is.
         """
-        values: dict[str, Array] = {name: self._converted(feed[name]) for name in self._inputs}
+        values: dict[str, Array] = {
+            name: self._converted(feed[name], narrow=name in self._half) for name in self._inputs
+        }
         for step in self._steps:
             arguments = [self._value(name, values) if name else None for name in step.inputs]
             try:
@@ -120,12 +128,15 @@ class ReferenceRunner:
                     values[name] = np.asarray(result)
             for name in step.free:
                 values.pop(name, None)
-        return {name: self._value(name, values) for name in self._outputs}
+        arrays = {name: self._value(name, values) for name in self._outputs}
+        return {n: a.astype(self._half[n]) if n in self._half else a for n, a in arrays.items()}
 
-    def _converted(self, array: Array) -> Array:
+    def _converted(self, array: Array, *, narrow: bool = False) -> Array:
         if array.dtype.kind in "OS":  # strings of a tensor are bytes, those of a runtime are text
             text = [s.decode("utf-8", "replace") if isinstance(s, bytes) else s for s in array.flat]
             return np.array(text, object).reshape(array.shape)
+        if narrow:
+            return array.astype(np.float32)
         floating = array.dtype.kind in "fV" and array.dtype.names is None
         return array.astype(np.float64) if self._double and floating else array
 

@@ -178,7 +178,10 @@ def _infinite(array: np.ndarray) -> np.ndarray:
 REFUSES: list[tuple[Any, str]] = [
     (_shared, "its weight is used elsewhere too"),
     (_set("w1", _infinite), "a weight is not finite"),
-    (_set("w1", lambda a: a.astype(np.float64)), "its weight is DOUBLE, expected FLOAT"),
+    (
+        _set("w1", lambda a: a.astype(np.float64)),
+        "its weight is DOUBLE, expected FLOAT, which a model written for ort-cpu has",
+    ),
     (_set("w1", lambda a: a[None]), "its weight has 3 dimensions, expected a matrix"),
     (_overridable, "its weight is a graph input, which the caller may override"),
 ]
