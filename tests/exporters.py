@@ -10,36 +10,21 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import families
-import numpy as np
-import onnx
-import onnx_ir as ir
+import rewriters
 from families import Entry
+from rewriters import Cell, NotExported
 
+_PACKAGES = (
+    "torch", "transformers", "onnx-ir", "onnxscript", "onnxruntime", "onnxsim", "onnxslim",
+)  # fmt: skip
 CACHE = Path(__file__).resolve().parent.parent / ".pytest_cache" / "zoo"
 """Kept between test runs; an export takes some seconds, the file a few hundred kilobytes."""
-
-
-class NotExported(Exception):
-    """The exporter or tool itself cannot make this file; the text says what it answered."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One family made by one way."""
-
-    entry: Entry
-    way: str
-    kv_cache: bool = False
-
-    @property
-    def id(self) -> str:
-        return f"{self.entry.name}-{self.way}{'-kv' if self.kv_cache else ''}"
 
 
 def _architecture(model: Any) -> Any:
@@ -130,160 +115,6 @@ def _after(way: str, tool: Callable[[Cell, Path, Path], None]) -> Callable[[Cell
     return make
 
 
-def _ort_session(cell: Cell, source: Path, target: Path, *, level: str) -> None:
-    """What ONNX Runtime itself makes of a model when it loads it, saved."""
-    import onnxruntime as ort
-
-    del cell
-    options = ort.SessionOptions()
-    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, f"ORT_ENABLE_{level}")
-    options.optimized_model_filepath = str(target)
-    options.log_severity_level = 4
-    ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
-
-
-#: What ONNX Runtime's transformers optimizer calls each family.
-_MODEL_TYPES = {
-    "gpt2": "gpt2", "bart": "bart", "clip-text": "clip", "vit": "vit", "deit": "vit",
-    "dinov2": "vit", "clip-vision": "vit", "siglip-vision": "vit", "swin": "swin", "t5": "t5",
-    "phi": "phi", "mpt": "gpt2", "bloom": "gpt2", "opt": "gpt2", "gptj": "gpt2",
-}  # fmt: skip
-
-
-def _ort_transformers(cell: Cell, source: Path, target: Path) -> None:
-    from onnxruntime.transformers import optimizer
-
-    from optimizer.frontends.onnx_export import quiet
-
-    blocks = cell.entry.blocks
-    base = cell.entry.name.removesuffix("-encoder").removesuffix("-decoder")
-    with quiet():
-        found = optimizer.optimize_model(
-            str(source), model_type=_MODEL_TYPES.get(base, "bert"), num_heads=blocks.heads,
-            hidden_size=blocks.hidden, opt_level=0,
-        )  # fmt: skip
-        found.save_model_to_file(str(target))
-
-
-def _ort_fusions(cell: Cell, source: Path, target: Path) -> None:
-    from onnxscript.rewriter import ort_fusions
-
-    del cell
-    ort_fusions.optimize_for_ort(model := ir.load(source))
-    ir.save(model, target)
-
-
-def _onnxscript(cell: Cell, source: Path, target: Path) -> None:
-    import onnxscript.optimizer
-
-    del cell
-    model = ir.load(source)
-    onnxscript.optimizer.optimize(model)
-    ir.save(model, target)
-
-
-def _onnxsim(cell: Cell, source: Path, target: Path) -> None:
-    import onnxsim
-
-    del cell
-    simplified, _ = onnxsim.simplify(onnx.load(source))
-    onnx.save(simplified, target)
-
-
-def _onnxslim(cell: Cell, source: Path, target: Path) -> None:
-    import onnxslim
-
-    del cell
-    onnxslim.slim(str(source), str(target))
-
-
-def _float16(cell: Cell, source: Path, target: Path) -> None:
-    from onnxruntime.transformers import float16
-
-    del cell
-    onnx.save(float16.convert_float_to_float16(onnx.load(source), keep_io_types=True), target)
-
-
-_LINEAR = ["MatMul", "Gemm"]
-
-
-def _folded(source: Path, target: Path) -> Path:
-    """After ONNX Runtime's basic clean-up, without shapes, which its quantizers may doubt."""
-    _ort_session(Cell(families.FAMILIES["llama"], ""), source, target, level="BASIC")
-    model = onnx.load(target)
-    del model.graph.value_info[:]
-    onnx.save(model, target)
-    return target
-
-
-def _dynamic_int8(cell: Cell, source: Path, target: Path) -> None:
-    from onnxruntime import quantization
-
-    del cell
-    folded = _folded(source, target.with_suffix(".folded.onnx"))
-    quantization.quantize_dynamic(
-        folded, target, per_channel=True, weight_type=quantization.QuantType.QInt8,
-        op_types_to_quantize=_LINEAR,
-    )  # fmt: skip
-    folded.unlink()
-
-
-def _linear_nodes(path: Path) -> list[str]:
-    """Products by a weight; those of queries and keys stay in float."""
-    graph = onnx.load(path).graph
-    weights = {tensor.name for tensor in graph.initializer}
-    return [n.name for n in graph.node if n.op_type in _LINEAR and n.input[1] in weights]
-
-
-def _static_int8(cell: Cell, source: Path, target: Path, *, symmetric: bool) -> None:
-    from onnxruntime import quantization
-
-    kind = quantization.QuantType
-    folded = _folded(source, target.with_suffix(".folded.onnx"))
-    feeds = iter([families.make_feeds(cell.entry, cell.kv_cache, seed=s) for s in range(3)])
-    wanted = {value.name for value in onnx.load(folded).graph.input}
-
-    class Reader(quantization.CalibrationDataReader):
-        def get_next(self) -> Mapping[str, np.ndarray] | None:
-            feed = next(feeds, None)
-            return None if feed is None else {n: a for n, a in feed.items() if n in wanted}
-
-    quantization.quantize_static(
-        folded, target, Reader(), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
-        activation_type=kind.QInt8 if symmetric else kind.QUInt8, weight_type=kind.QInt8,
-        op_types_to_quantize=_LINEAR,
-        extra_options={"ActivationSymmetric": symmetric, "WeightSymmetric": True},
-        nodes_to_quantize=_linear_nodes(folded),
-    )  # fmt: skip
-    folded.unlink()
-
-
-def _genai(cell: Cell, target: Path) -> None:
-    """The model builder of ONNX Runtime's generation library, with its own kinds of nodes."""
-    import tempfile
-
-    import tokenizers
-    import transformers
-    from onnxruntime_genai.models import builder
-
-    from optimizer.frontends.onnx_export import quiet
-    from optimizer.model_io import save_model
-
-    if cell.entry.kind != "decoder" or not cell.kv_cache:
-        raise NotExported("the builder writes decoders with cache only")
-    words = {str(index): index for index in range(families.VOCAB)}
-    tokens = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="0"))
-    with tempfile.TemporaryDirectory() as folder, quiet():
-        source = Path(folder) / "source"
-        families.make_model(cell.entry).save_pretrained(source)
-        transformers.PreTrainedTokenizerFast(tokenizer_object=tokens).save_pretrained(source)
-        transformers.GenerationConfig(eos_token_id=98, bos_token_id=0).save_pretrained(source)
-        words_of = (cell.entry.name, str(source), f"{folder}/out", "fp32", "cpu", f"{folder}/cache")
-        builder.create_model(*words_of, **builder.parse_extra_options(*words_of, []))
-        model = ir.load(f"{folder}/out/model.onnx")
-        save_model(model, target, "never", force=True)
-
-
 WAYS: dict[str, Callable[[Cell, Path], None]] = {
     **{f"dynamo-{n}": functools.partial(_dynamo, opset=n) for n in range(18, 25)},
     "dynamo-raw": _raw,
@@ -298,20 +129,20 @@ WAYS: dict[str, Callable[[Cell, Path], None]] = {
     "torchscript-eager-fp16": functools.partial(
         _torchscript, opset=17, dtype="float16", eager=True
     ),
-    "converted-fp16": _after("torchscript-17", _float16),
-    "onnxscript": _after("dynamo-raw", _onnxscript),
-    "onnxsim": _after("torchscript-17", _onnxsim),
-    "onnxsim-dynamo": _after("dynamo-18", _onnxsim),
-    "onnxslim": _after("torchscript-17", _onnxslim),
-    "onnxslim-dynamo": _after("dynamo-18", _onnxslim),
-    "ort-extended": _after("torchscript-17", functools.partial(_ort_session, level="EXTENDED")),
-    "ort-all": _after("dynamo-18", functools.partial(_ort_session, level="ALL")),
-    "ort-transformers": _after("torchscript-17", _ort_transformers),
-    "ort-fusions": _after("dynamo-18", _ort_fusions),
-    "ort-dynamic-int8": _after("torchscript-17", _dynamic_int8),
-    "ort-static-int8": _after("torchscript-17", functools.partial(_static_int8, symmetric=False)),
-    "genai": _genai,
-    "qdq-symmetric": _after("dynamo-18", functools.partial(_static_int8, symmetric=True)),
+    "converted-fp16": _after("torchscript-17", rewriters.float16),
+    "onnxscript": _after("dynamo-raw", rewriters.onnxscript),
+    "onnxsim": _after("torchscript-17", rewriters.onnxsim),
+    "onnxsim-dynamo": _after("dynamo-18", rewriters.onnxsim),
+    "onnxslim": _after("torchscript-17", rewriters.onnxslim),
+    "onnxslim-dynamo": _after("dynamo-18", rewriters.onnxslim),
+    "ort-extended": _after("torchscript-17", rewriters.ort_extended),
+    "ort-all": _after("dynamo-18", rewriters.ort_all),
+    "ort-transformers": _after("torchscript-17", rewriters.ort_transformers),
+    "ort-fusions": _after("dynamo-18", rewriters.ort_fusions),
+    "ort-dynamic-int8": _after("torchscript-17", rewriters.dynamic_int8),
+    "ort-static-int8": _after("torchscript-17", rewriters.static_int8),
+    "genai": rewriters.genai,
+    "qdq-symmetric": _after("dynamo-18", rewriters.qdq_symmetric),
 }
 
 
@@ -353,14 +184,15 @@ def export(cell: Cell, cache_dir: Path = CACHE) -> Path:
 def _fixed_key() -> bytes:
     """Everything besides the entry that an export depends on."""
     digest = hashlib.sha256()
-    for package in ("torch", "transformers", "onnx_ir", "onnxscript", "onnxruntime"):
-        digest.update(importlib.metadata.version(package.replace("_", "-")).encode())
+    for package in _PACKAGES:
+        digest.update(importlib.metadata.version(package).encode())
     from optimizer import frontends
 
     here = Path(__file__).parent
     sources = [
         here / "exporters.py",
         here / "halves.py",
+        here / "rewriters.py",
         *Path(frontends.__file__).parent.glob("*.py"),
     ]
     for source in sorted(sources):
@@ -380,7 +212,7 @@ _DYNAMO = ("dynamo-18", "dynamo-23", "dynamo-raw", "dynamo-24", "dynamo-21", "dy
 _OTHERS = (
     "torchscript-17", "torchscript-13", "onnxsim", "ort-extended", "torchscript-20", "onnxslim",
     "ort-all", "torchscript-eager", "converted-fp16", "ort-dynamic-int8", "ort-fusions",
-    "qdq-symmetric", "ort-transformers", "torchscript-14", "torchscript-fp16", "onnxscript",
+    "qdq-symmetric", "ort-transformers", "torchscript-14", "torchscript-eager-fp16", "onnxscript",
     "ort-static-int8", "torchscript-16",
 )  # fmt: skip
 

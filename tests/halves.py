@@ -65,7 +65,7 @@ class CachedDecoder(torch.nn.Module):
             DynamicCache(ddp_cache_data=_pairs(own)), DynamicCache(ddp_cache_data=_pairs(encoded))
         )
         batch, length = encoded[0].shape[0], encoded[0].shape[2]
-        hidden = torch.zeros(batch, length, self.model.config.d_model)
+        hidden = torch.zeros(batch, length, self.model.config.d_model, dtype=encoded[0].dtype)
         output = self.model(
             encoder_outputs=BaseModelOutput(hidden),
             decoder_input_ids=decoder_input_ids,

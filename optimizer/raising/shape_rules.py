@@ -257,15 +257,6 @@ def _shape(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
     return None if vector is None else (len(vector),)
 
 
-def _reduce_prod(shapes: Shapes, node: ir.Node, value: ir.Value) -> Shape | None:
-    source = shapes.of(node.inputs[0])
-    whole = source is not None and len(source) == 1  # of a shape: one number
-    if not whole:
-        return _reduce(shapes, node, value)
-    keep = node.attributes.get_int("keepdims", 1)
-    return (1,) if keep else ()
-
-
 def _range(shapes: Shapes, node: ir.Node, value: ir.Value) -> Shape:
     start, limit, step = (shapes.vector_within(v) for v in node.inputs)
     if start == (0,) and step == (1,) and limit is not None:
@@ -329,9 +320,13 @@ def _like_index(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
 
 def _reduce(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
     source, axes = shapes.of(node.inputs[0]), axes_of(node, 1)
-    if source is None or axes is None:
+    if source is None:
         return None
-    removed = {axis % len(source) for axis in axes}
+    if axes is None and len(node.inputs) > 1 and node.inputs[1] is not None:
+        return None  # computed axes
+    if not axes and not node.attributes.get_int("noop_with_empty_axes", 0):
+        axes = list(range(len(source)))
+    removed = {axis % len(source) for axis in axes or ()}
     keep = node.attributes.get_int("keepdims", 1)
     kept = [1 if axis in removed else dim for axis, dim in enumerate(source)]
     return tuple(dim for axis, dim in enumerate(kept) if keep or axis not in removed)
@@ -358,7 +353,7 @@ RULES: dict[str, Rule] = {
     "ReduceMax": _reduce,
     "ReduceMean": _reduce,
     "ReduceMin": _reduce,
-    "ReduceProd": _reduce_prod,
+    "ReduceProd": _reduce,
     "ReduceSum": _reduce,
     "Reshape": _reshape,
     "Shape": _shape,

@@ -59,6 +59,14 @@ CASES = {
         "n = Shape(z0)  y, z = Split<axis = -1>(x, n)", (B, S, dims.symbol("?y.2"))
     ),
     "mean": ("y = ReduceMean(x, axis)", (B, S, 1)),
+    "of everything": ("m = ReduceMax<keepdims = 0>(x)  y = Max(x, m)", (B, S, 4)),
+    "of everything, by an empty vector": (
+        "e = Constant<value_ints: ints = []>()  y = ReduceMax(x, e)", (1, 1, 1)
+    ),
+    "of nothing": (
+        "e = Constant<value_ints: ints = []>()  y = ReduceMax<noop_with_empty_axes = 1>(x, e)",
+        (B, S, 4),
+    ),
     "range": (
         "n = Shape<start = 1, end = 2>(x)  s = Squeeze(n)  r = Range(n0, s, n1)  "
         "y = Unsqueeze(r, zero)", (1, S),
@@ -86,8 +94,11 @@ def test_shape_is_known(name: str) -> None:
     assert shape_of(model) == expected
 
 
-def test_what_is_not_known_is_not_guessed() -> None:
-    model = graph("y = Compress(x, c)", inputs="float[B,S] x, bool[N] c", output="float[M] y")
+@pytest.mark.parametrize(
+    "nodes", ["y = Compress(x, c)", "n = Shape<end = 1>(x)  y = ReduceMax(x, n)"]
+)
+def test_what_is_not_known_is_not_guessed(nodes: str) -> None:
+    model = graph(nodes, inputs="float[B,S] x, bool[N] c", output="float[M] y")
     assert shape_of(model) is None
 
 
