@@ -300,9 +300,11 @@ def _only(value: ir.Value, op_type: str) -> ir.Node | None:
 
 
 def _vector_added(value: ir.Value, columns: int) -> ir.Node | None:
-    """The Add of a constant [N] that alone reads ``value``."""
+    """The Add of a constant [N], perhaps a dequantized one, that alone reads ``value``."""
     add = _only(value, "Add")
-    return add if add is not None and dims(other(add, value)) == (columns,) else None
+    if add is None or dims(stored(other(add, value))) != (columns,):
+        return None
+    return add
 
 
 def _is_vector(value: ir.Value) -> bool:

@@ -562,6 +562,8 @@ VARIANTS = {
     "passes.cqil._window": _OPTION,
     "passes.outliertune.OutlierTune.call": "a pass that needs data, without any",
     "probes._check_extents": INTERNAL,
+    "precision.protected.protected_nodes": _OPTION,
+    "runners.decode.DecodeSession.__init__": _SELF,
     "runners.decode.DecodeSession._find_pairs": INTERNAL,
     "runners.decode.DecodeSession._run": INTERNAL,
     "runners.decode.DecodeSession.prefill": INTERNAL,

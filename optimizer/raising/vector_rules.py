@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
+from optimizer import graph as graphs
+from optimizer.nodes import node_of
 from optimizer.raising import dims
 from optimizer.raising.dims import Dim, Shape
 from optimizer.raising.shape_rules import numbers, slice_bounds, unknown
 
 if TYPE_CHECKING:
     from optimizer.raising.shapes import Shapes
+
+#: Longer conditions choose between no sizes.
+_MAX_CHOICES = 64
 
 
 def _vector_of_shape(shapes: Shapes, node: ir.Node) -> Shape | None:
@@ -67,22 +72,32 @@ def _vector_of_product(shapes: Shapes, node: ir.Node) -> Shape | None:
 
 
 def _vector_of_choice(shapes: Shapes, node: ir.Node) -> Shape | None:
-    """Where(a == b, x, y) if each pair is known to be equal or not: no size is negative."""
-    equal = node.inputs[0].producer() if node.inputs[0] is not None else None
-    if equal is None or equal.op_type != "Equal" or equal.domain != "":
+    """Where(c, x, y) if each c is known."""
+    chosen = _choices(shapes, node.inputs[0])
+    vectors = [shapes.vector_within(v) for v in node.inputs[1:]]
+    if chosen is None or None in vectors or None in chosen:
         return None
-    vectors = [shapes.vector_within(v) for v in (*equal.inputs, *node.inputs[1:])]
-    known = [vector for vector in vectors if vector is not None]
-    size = max((len(vector) for vector in known), default=0)
-    if len(known) != len(vectors):
+    columns: list[list[Any]] = [chosen, *(list(v) for v in vectors if v is not None)]
+    size = max(map(len, columns))
+    rows = zip(*(v * size if len(v) == 1 else v for v in columns), strict=True)
+    return tuple(same if first else other for first, same, other in rows)
+
+
+def _choices(shapes: Shapes, condition: ir.Value | None) -> list[bool | None] | None:
+    """The elements of a condition, a constant or a == b: None what may be both. No size is < 0."""
+    tensor = graphs.constant(condition)
+    if tensor is not None:
+        short = len(tensor.shape) <= 1 and tensor.size <= _MAX_CHOICES
+        return [bool(c) for c in tensor.numpy().flat] if short else None
+    equal = None if condition is None else node_of(condition, "Equal")
+    if equal is None:
         return None
-    left, right, same, other = (v * size if len(v) == 1 else v for v in known)
-    result = []
-    for a, b, x, y in zip(left, right, same, other, strict=True):
-        if a != b and not _differ(a, b):
-            return None
-        result.append(x if a == b else y)
-    return tuple(result)
+    left, right = (shapes.vector_within(v) for v in equal.inputs)
+    if left is None or right is None:
+        return None
+    size = max(len(left), len(right))
+    pairs = zip(*(v * size if len(v) == 1 else v for v in (left, right)), strict=True)
+    return [True if a == b else False if _differ(a, b) else None for a, b in pairs]
 
 
 def _differ(left: Dim, right: Dim) -> bool:

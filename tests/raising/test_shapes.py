@@ -59,6 +59,10 @@ CASES = {
         "n = Shape(z0)  y, z = Split<axis = -1>(x, n)", (B, S, dims.symbol("?y.2"))
     ),
     "mean": ("y = ReduceMean(x, axis)", (B, S, 1)),
+    "expanded to chosen sizes": (
+        "n = Shape(x)  c = Constant<value = bool[3] {0, 0, 0}>()  o = Shape(p)  "
+        "t = Where(c, o, n)  z = ReduceMean(x, axis)  y = Expand(z, t)", (B, S, 4)
+    ),
     "of everything": ("m = ReduceMax<keepdims = 0>(x)  y = Max(x, m)", (B, S, 4)),
     "of everything, by an empty vector": (
         "e = Constant<value_ints: ints = []>()  y = ReduceMax(x, e)", (1, 1, 1)
