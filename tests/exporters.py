@@ -229,7 +229,7 @@ def diagonal() -> list[Cell]:
 
 
 #: Cells of the diagonal that an exporter or tool cannot make.
-BEYOND: frozenset[str] = frozenset()
+BEYOND = frozenset({"gemma-dynamo-fp16", "falcon-alibi-torchscript-16-kv"})
 
 
 def frontend_cells() -> list[Cell]:

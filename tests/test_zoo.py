@@ -56,6 +56,13 @@ def test_family_is_raised_to_its_blocks_and_computes_the_same(cell: Cell) -> Non
     assert verdict.outcome is (Outcome.REFUSED if refused else Outcome.RIGHT), verdict.detail
 
 
+@pytest.mark.parametrize("name", sorted(exporters.BEYOND))
+def test_what_cannot_be_made_still_cannot(name: str) -> None:
+    """Once it can, it belongs into the diagonal."""
+    (cell,) = [cell for cell in exporters.diagonal() if cell.id == name]
+    assert judge(cell).outcome is Outcome.NOT_EXPORTED
+
+
 CLEAN = ["llama", "mistral", "qwen3", "opt", "gpt2", "phi", "bert", "vit", "bart-encoder"]
 
 
