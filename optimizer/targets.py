@@ -50,7 +50,7 @@ class Target:
         min_opset, max_opset: Range that the runtime's parser or kernels accept.
         kv_cache: Forms of the KV cache that can be written, the default first.
         quantization: The spelling of int8 products.
-        contrib_ops: Whether operators of the domain ``com.microsoft`` may be emitted.
+        contrib_ops: Whether it runs operators of the domain ``com.microsoft``.
         attention: Whether the standard Attention operator (opset 23) runs.
         rotary: Whether the standard RotaryEmbedding operator (opset 23) runs.
         full_attention_mask: Whether an attention mask must have its query dimension written out.
@@ -109,6 +109,7 @@ TARGETS: dict[str, Target] = {
             opset=23,
             min_opset=18,
             max_opset=24,
+            contrib_ops=True,
             full_attention_mask=True,
             notes="standard operators; int8 stays as symmetric QuantizeLinear/DequantizeLinear",
         ),

@@ -542,6 +542,7 @@ VARIANTS = {
     "graphsurgeon.restore.put_back": _SCRIPT,
     "inputs.check_feed": _NAMES,
     "legalize._opset": _LOWER,
+    "legalize._refuse_contrib": _LOWER,
     "legalize.decompose._head_counts": _LOWER,
     "legalize.decompose._size": _LOWER,
     "legalize.decompose.attention": _LOWER,

@@ -14,6 +14,7 @@ from optimizer import widening
 from optimizer.errors import OptionError, UnsupportedError
 from optimizer.gate import Gate
 from optimizer.legalize import kv_in_place, opset_rules, ort_cpu
+from optimizer.model_input import RUNTIME_DOMAINS
 from optimizer.pass_base import Report, Skip
 from optimizer.targets import Quantization, Target, get_target
 
@@ -63,6 +64,8 @@ def legalize(
         )
         raise UnsupportedError(msg)
     wanted = _opset(model, chosen, opset)
+    if not chosen.contrib_ops:
+        _refuse_contrib(model, chosen)
     with gates.using(gate):
         counts, skipped = _lower(model, chosen, kv_cache, wanted)
     applied = sum(counts.values())
@@ -97,6 +100,25 @@ def _lower(
     counts["opset"] = opset_rules.lower(model, opset)
     counts["stored half precision"] = widening.write_stored(model)
     return {kind: count for kind, count in counts.items() if count}, skipped
+
+
+def _refuse_contrib(model: ir.Model, target: Target) -> None:
+    """Raise where an operator of ONNX Runtime was not raised to standard ones."""
+    found = next((n for n in model.graph.all_nodes() if _is_contrib(n)), None)
+    if found is not None:
+        msg = (
+            f"node '{found.name}' is {found.domain or 'ONNX'}.{found.op_type}, which only ONNX "
+            f"Runtime has; canonicalize could not write it in standard operators, and target '{target.name}' "
+            "runs nothing else: choose --target ort-cpu or ort-cuda, or export the model again "
+            "without ONNX Runtime's fusions"
+        )
+        raise UnsupportedError(msg)
+
+
+def _is_contrib(node: ir.Node) -> bool:
+    return node.domain in RUNTIME_DOMAINS or (
+        node.domain == "" and node.op_type == "SimplifiedLayerNormalization"
+    )
 
 
 def _opset(model: ir.Model, target: Target, opset: int | None) -> int:

@@ -8,6 +8,7 @@ import quantized
 from rule_case import graph
 
 from optimizer import graph as graphs
+from optimizer.errors import UnsupportedError
 from optimizer.legalize import legalize
 from optimizer.pass_base import Context
 from optimizer.runners.ort import OrtRunner
@@ -24,6 +25,19 @@ def _sharpen(model: ir.Model, factor: float) -> None:
         if node.op_type == "Attention":
             scale = node.attributes.get_float("scale") * factor
             node.attributes["scale"] = ir.AttrFloat32("scale", scale)
+
+
+@pytest.mark.parametrize(
+    ("domain", "op_type"), [("com.microsoft", "Gelu"), ("", "SimplifiedLayerNormalization")]
+)
+def test_operators_of_the_runtime_are_kept_for_it_and_refused_for_others(domain, op_type):
+    model = models.build()
+    node = next(n for n in model.graph if n.op_type == "Sigmoid")
+    node.domain, node.op_type = domain, op_type
+    for target in ("ort-cpu", "ort-cuda"):
+        legalize(model.clone(), target)
+    with pytest.raises(UnsupportedError, match=f"{node.name}.*{op_type}.*tensorrt-11"):
+        legalize(model, "tensorrt-11")
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
