@@ -109,8 +109,8 @@ def _refuse_contrib(model: ir.Model, target: Target) -> None:
         msg = (
             f"node '{found.name}' is {found.domain or 'ONNX'}.{found.op_type}, which only ONNX "
             "Runtime has; canonicalize could not write it in standard operators, and target "
-            f"'{target.name}' runs nothing else: choose --target ort-cpu or ort-cuda, or export the model again "
-            "without ONNX Runtime's fusions"
+            f"'{target.name}' runs nothing else: choose --target ort-cpu or ort-cuda, or export "
+            "the model again without ONNX Runtime's fusions"
         )
         raise UnsupportedError(msg)
 
