@@ -4,6 +4,7 @@ Rewrite:      x / sqrt(mean(x^2) + eps) * w -> RMSNormalization(x, w)
               d = x - mean(x);  d / sqrt(mean(d^2) + eps) * w + b -> LayerNormalization(x, w, b)
               in every order of factors: division, reciprocal or power -1/2; w first or last; w and
               b folded into the factors (x * (r * w) + (b - mean * (r * w))); casts to float around
+              Norm(x, 1) * w -> Norm(x, w)
 Applies when: the mean is over the last axis only, eps is one constant number, w and b are constant
               vectors of its size, and no value in between is read by anything else
 Exactness:    reassociated
@@ -24,11 +25,14 @@ from optimizer.graph import (
     constant,
     derived,
     inherit_name,
+    only_user,
+    replace_value,
     scalar,
 )
-from optimizer.nodes import node_of
+from optimizer.nodes import node_of, other
 from optimizer.raising.base import Miss, RuleReport, site, sweep
-from optimizer.raising.norm_builder import Builder, Core, shared_by
+from optimizer.raising.dims import Dim
+from optimizer.raising.norm_builder import Builder, Core, shared_by, vector
 from optimizer.raising.shapes import Shapes
 
 
@@ -177,7 +181,7 @@ def _existing(node: ir.Node, shapes: Shapes) -> bool | Miss:
         return Miss(site(node), "the rank of what is normalized is not known")
     if shape is not None and axis % len(shape) != len(shape) - 1:
         return Miss(site(node), f"normalizes more than the last axis (axis = {axis})")
-    changed = False
+    changed = shape is not None and _scaled_after(node, shape[-1], shapes)
     if node.attributes.get_int("axis", None) != -1:
         node.attributes["axis"] = ir.AttrInt64("axis", -1)
         changed = True
@@ -189,8 +193,27 @@ def _existing(node: ir.Node, shapes: Shapes) -> bool | Miss:
         own = tuple(tensor.shape.numpy())
         if len(own) > 1 and own[-1] == tensor.size:
             flat = derived(value, own[-1:], lambda array: array.reshape(-1))
-            vector = add_initializer(graph, value.name or "norm", flat)
-            node.replace_input_with(index, vector)
-            inherit_name(graph, value, vector)
+            parameter = add_initializer(graph, value.name or "norm", flat)
+            node.replace_input_with(index, parameter)
+            inherit_name(graph, value, parameter)
             changed = True
     return changed
+
+
+def _scaled_after(node: ir.Node, size: Dim, shapes: Shapes) -> bool:
+    """Take the constant vector that alone multiplies the result for the scale, where that is 1."""
+    ones = constant(node.inputs[1])
+    output = node.outputs[0]
+    user = only_user(output)
+    if ones is None or len(node.inputs) > 2 or user is None or not isinstance(size, int):
+        return False
+    if user.op_type != "Mul" or user.domain != "" or not (ones.numpy() == 1).all():
+        return False
+    factor = other(user, output)
+    if not vector(factor, size) or factor.dtype != ones.dtype:
+        return False
+    if not shapes.same(output, user.outputs[0]):
+        return False
+    node.replace_input_with(1, factor)
+    replace_value(user.outputs[0], output)
+    return True

@@ -154,3 +154,28 @@ def test_a_norm_over_two_axes_stays():
         constants="float[2,4] w = {1, 2, 3, 4, 5, 6, 7, 8}",
     )
     refuses(case, norms.run, "normalizes more than the last axis")
+
+
+NORM = "n = RMSNormalization<axis = -1, epsilon = 0.01>(x, {})"
+ONES = SHARED + ", float[4] ones = {1, 1, 1, 1}, float[1] number = {3}"
+
+
+@pytest.mark.parametrize("scale", ["Mul(n, w)", "Mul(wide, n)"])
+def test_a_scale_after_a_norm_without_one_is_taken_in(scale):
+    case = graph(f"{NORM.format('ones')}  y = {scale}", constants=ONES)
+    assert apply(case, norms.run).applied >= 1
+    assert ops(case) == {"RMSNormalization": 1}
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        f"{NORM.format('w')}  y = Mul(n, w)",
+        f"{NORM.format('ones')}  y = Mul(n, number)",
+        f"{NORM.format('ones')}  y = Mul(n, x)",
+        f"{NORM.format('ones')}  m = Mul(n, w)  y = Add(n, m)",
+    ],
+    ids=["a scale already", "one number", "no constant", "read elsewhere"],
+)
+def test_a_product_after_a_norm_stays(nodes):
+    refuses(graph(nodes, constants=ONES), norms.run, None)
