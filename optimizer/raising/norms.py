@@ -4,7 +4,8 @@ Rewrite:      x / sqrt(mean(x^2) + eps) * w -> RMSNormalization(x, w)
               d = x - mean(x);  d / sqrt(mean(d^2) + eps) * w + b -> LayerNormalization(x, w, b)
               in every order of factors: division, reciprocal or power -1/2; w first or last; w and
               b folded into the factors (x * (r * w) + (b - mean * (r * w))); casts to float around
-              Norm(x, 1) * w -> Norm(x, w)
+              Norm(x, 1) * w -> Norm(x, w);  LayerNormalization(x, w) + b
+              RMSNormalization(x - mean(x), w) -> LayerNormalization(x, w)
 Applies when: the mean is over the last axis only, eps is one constant number, w and b are constant
               vectors of its size, and no value in between is read by anything else
 Exactness:    reassociated
@@ -25,13 +26,14 @@ from optimizer.graph import (
     constant,
     derived,
     inherit_name,
+    insert,
     only_user,
     replace_value,
     scalar,
 )
 from optimizer.nodes import node_of, other
 from optimizer.raising.base import Miss, RuleReport, site, sweep
-from optimizer.raising.dims import Dim
+from optimizer.raising.dims import Dim, Shape
 from optimizer.raising.norm_builder import Builder, Core, shared_by, vector
 from optimizer.raising.shapes import Shapes
 
@@ -181,7 +183,13 @@ def _existing(node: ir.Node, shapes: Shapes) -> bool | Miss:
         return Miss(site(node), "the rank of what is normalized is not known")
     if shape is not None and axis % len(shape) != len(shape) - 1:
         return Miss(site(node), f"normalizes more than the last axis (axis = {axis})")
-    changed = shape is not None and _scaled_after(node, shape[-1], shapes)
+    changed = False
+    if shape is not None and node.op_type == "RMSNormalization":
+        centred = _centred_before(node, shape, shapes)
+        node, changed = centred or node, centred is not None
+    if shape is not None:
+        changed |= _scaled_after(node, shape[-1], shapes)
+        changed |= _shifted_after(node, shape[-1], shapes)
     if node.attributes.get_int("axis", None) != -1:
         node.attributes["axis"] = ir.AttrInt64("axis", -1)
         changed = True
@@ -200,20 +208,59 @@ def _existing(node: ir.Node, shapes: Shapes) -> bool | Miss:
     return changed
 
 
+def _centred_before(node: ir.Node, shape: Shape, shapes: Shapes) -> ir.Node | None:
+    """RMSNormalization(x - mean(x), w), as a LayerNormalization(x, w) in its place."""
+    minus, graph = node_of(node.inputs[0], "Sub"), node.graph
+    mean = None if minus is None else node_of(minus.inputs[1], "ReduceMean")
+    if minus is None or mean is None or not isinstance(graph, ir.Graph):
+        return None
+    x = minus.inputs[0]
+    if x is None or mean.inputs[0] is not x or not _over_last_axis(mean, len(shape)):
+        return None
+    if not shapes.same(x, minus.outputs[0]):
+        return None
+    output = node.outputs[0]
+    new = insert(
+        graph, node, "LayerNormalization", [x, *node.inputs[1:]], dict(node.attributes),
+        name=output.name, dtype=output.dtype, shape=output.shape,
+    )  # fmt: skip
+    replace_value(output, new, keep_name=True)
+    return new.producer()
+
+
 def _scaled_after(node: ir.Node, size: Dim, shapes: Shapes) -> bool:
     """Take the constant vector that alone multiplies the result for the scale, where that is 1."""
     ones = constant(node.inputs[1])
+    if ones is None or len(node.inputs) > 2 or not (ones.numpy() == 1).all():
+        return False
+    return _take_vector(node, "Mul", size, shapes)
+
+
+def _shifted_after(node: ir.Node, size: Dim, shapes: Shapes) -> bool:
+    """Take the constant vector that alone is added to the result for the bias, if it has none."""
+    if node.op_type != "LayerNormalization" or (
+        len(node.inputs) > 2 and node.inputs[2] is not None
+    ):
+        return False
+    return _take_vector(node, "Add", size, shapes)
+
+
+def _take_vector(node: ir.Node, op_type: str, size: Dim, shapes: Shapes) -> bool:
+    """Let the norm do what a Mul or an Add by a vector does after it."""
     output = node.outputs[0]
     user = only_user(output)
-    if ones is None or len(node.inputs) > 2 or user is None or not isinstance(size, int):
+    if user is None or user.op_type != op_type or user.domain != "" or not isinstance(size, int):
         return False
-    if user.op_type != "Mul" or user.domain != "" or not (ones.numpy() == 1).all():
-        return False
-    factor = other(user, output)
-    if not vector(factor, size) or factor.dtype != ones.dtype:
+    parameter = other(user, output)
+    if not vector(parameter, size) or parameter.dtype != output.dtype or not parameter.shape:
         return False
     if not shapes.same(output, user.outputs[0]):
         return False
-    node.replace_input_with(1, factor)
+    inputs = [*node.inputs[:1], parameter] if op_type == "Mul" else [*node.inputs[:2], parameter]
+    node.resize_inputs(len(inputs))
+    for index, value in enumerate(inputs):
+        node.replace_input_with(index, value)
     replace_value(user.outputs[0], output)
+    if isinstance(node.graph, ir.Graph):
+        node.graph.remove(user, safe=True)  # at once: it would count as a reader
     return True

@@ -160,6 +160,33 @@ NORM = "n = RMSNormalization<axis = -1, epsilon = 0.01>(x, {})"
 ONES = SHARED + ", float[4] ones = {1, 1, 1, 1}, float[1] number = {3}"
 
 
+LAYER_NORM = "n = LayerNormalization<axis = -1, epsilon = 0.01>(x, {})"
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        f"{LAYER_NORM.format('w')}  y = Add(n, b)",
+        f"{LAYER_NORM.format('ones')}  s = Mul(wide, n)  y = Add(b, s)",
+        f"{CENTRE}  {NORM.replace('(x', '(d').format('w')}  y = Add(n, b)",
+        f"{CENTRE}  {NORM.replace('(x', '(d').format('ones')}  s = Mul(n, w)  y = Add(s, b)",
+    ],
+    ids=["shift", "scale and shift", "centred before", "everything"],
+)
+def test_parts_around_a_norm_are_taken_in(nodes):
+    case = graph(nodes, constants=ONES)
+    assert apply(case, norms.run).applied >= 1
+    assert ops(case) == {"LayerNormalization": 1}
+    assert len(only(case, "LayerNormalization").inputs) == 3
+
+
+def test_only_what_is_centred_along_the_same_axis_is_layer_norm():
+    nodes = (
+        f"{CENTRE.replace('last', 'second')}  {NORM.replace('(x', '(d').format('w')}  y = Relu(n)"
+    )
+    refuses(graph(nodes, constants=ONES + ", int64[1] second = {1}"), norms.run, None)
+
+
 @pytest.mark.parametrize("scale", ["Mul(n, w)", "Mul(wide, n)"])
 def test_a_scale_after_a_norm_without_one_is_taken_in(scale):
     case = graph(f"{NORM.format('ones')}  y = {scale}", constants=ONES)
@@ -174,8 +201,17 @@ def test_a_scale_after_a_norm_without_one_is_taken_in(scale):
         f"{NORM.format('ones')}  y = Mul(n, number)",
         f"{NORM.format('ones')}  y = Mul(n, x)",
         f"{NORM.format('ones')}  m = Mul(n, w)  y = Add(n, m)",
+        f"{NORM.format('w')}  y = Add(n, b)",
+        "n = LayerNormalization<axis = -1>(x, w, b)  y = Add(n, b)",
     ],
-    ids=["a scale already", "one number", "no constant", "read elsewhere"],
+    ids=[
+        "a scale already",
+        "one number",
+        "no constant",
+        "read elsewhere",
+        "a shift of an RMS norm",
+        "a shift already",
+    ],
 )
 def test_a_product_after_a_norm_stays(nodes):
     refuses(graph(nodes, constants=ONES), norms.run, None)
