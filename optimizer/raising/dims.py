@@ -6,7 +6,7 @@ same number for every feed if they compare equal.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 #: A sum of products of symbols: ((symbols, coefficient), ...) in a fixed order.
 Polynomial = tuple[tuple[tuple[str, ...], int], ...]
@@ -73,6 +73,29 @@ def never_negative(dim: Dim) -> bool:
 def symbol(name: str) -> Dim:
     """The dimension called ``name``."""
     return (((name,), 1),)
+
+
+def fresh(name: str) -> Dim:
+    """A dimension nothing is known about; '?' keeps it apart from the model's own names."""
+    return symbol(f"?{name}")
+
+
+def balanced(target: Sequence[Dim], source: Shape) -> Shape:
+    """``target`` with its one fresh size as what the others leave of the elements of ``source``.
+
+    Both have the same number of elements, or a Reshape between them fails.
+    """
+    sizes = list(target)
+    unknown = [n for n, dim in enumerate(sizes) if _is_fresh(dim)]
+    if len(unknown) == 1 and sizes[unknown[0]] not in source:
+        rest = product(dim for n, dim in enumerate(sizes) if n != unknown[0])
+        size = divide(product(source), rest)
+        sizes[unknown[0]] = sizes[unknown[0]] if size is None else size
+    return tuple(sizes)
+
+
+def _is_fresh(dim: Dim) -> bool:
+    return isinstance(dim, tuple) and len(dim) == 1 and dim[0][0][0].startswith("?")
 
 
 def subtract(left: Dim, right: Dim) -> Dim:

@@ -6,6 +6,7 @@ Rewrite:      x / sqrt(mean(x^2) + eps) * w -> RMSNormalization(x, w)
               b folded into the factors (x * (r * w) + (b - mean * (r * w))); casts to float around
               Norm(x, 1) * w -> Norm(x, w);  LayerNormalization(x, w) + b
               RMSNormalization(x - mean(x), w) -> LayerNormalization(x, w)
+              Norm(Transpose(x), w) -> Transpose(Norm(x, w)): heads are found by their layout
 Applies when: the mean is over the last axis only, eps is one constant number, w and b are constant
               vectors of its size, and no value in between is read by anything else
 Exactness:    reassociated
@@ -31,7 +32,7 @@ from optimizer.graph import (
     replace_value,
     scalar,
 )
-from optimizer.nodes import node_of, other
+from optimizer.nodes import node_of, other, perm
 from optimizer.raising.base import Miss, RuleReport, site, sweep
 from optimizer.raising.dims import Dim, Shape
 from optimizer.raising.norm_builder import Builder, Core, shared_by, vector
@@ -184,12 +185,8 @@ def _existing(node: ir.Node, shapes: Shapes) -> bool | Miss:
     if shape is not None and axis % len(shape) != len(shape) - 1:
         return Miss(site(node), f"normalizes more than the last axis (axis = {axis})")
     changed = False
-    if shape is not None and node.op_type == "RMSNormalization":
-        centred = _centred_before(node, shape, shapes)
-        node, changed = centred or node, centred is not None
     if shape is not None:
-        changed |= _scaled_after(node, shape[-1], shapes)
-        changed |= _shifted_after(node, shape[-1], shapes)
+        node, changed = _gathered(node, shape, shapes)
     if node.attributes.get_int("axis", None) != -1:
         node.attributes["axis"] = ir.AttrInt64("axis", -1)
         changed = True
@@ -206,6 +203,37 @@ def _existing(node: ir.Node, shapes: Shapes) -> bool | Miss:
             inherit_name(graph, value, parameter)
             changed = True
     return changed
+
+
+def _gathered(node: ir.Node, shape: Shape, shapes: Shapes) -> tuple[ir.Node, bool]:
+    """The norm with what belongs to it but stands around it, and whether there was anything."""
+    found = [_before_transpose(node, shape)]
+    if node.op_type == "RMSNormalization":
+        found.append(_centred_before(found[0] or node, shape, shapes))
+    node = next((new for new in reversed(found) if new is not None), node)
+    after = [step(node, shape[-1], shapes) for step in (_scaled_after, _shifted_after)]
+    return node, any(after) or any(new is not None for new in found)
+
+
+def _before_transpose(node: ir.Node, shape: Shape) -> ir.Node | None:
+    """Norm(Transpose(x)) as Transpose(Norm(x)), where the last axis stays the last."""
+    move, graph = node_of(node.inputs[0], "Transpose"), node.graph
+    if move is None or not isinstance(graph, ir.Graph):
+        return None
+    x, order = move.inputs[0], perm(move, len(shape))
+    if x is None or only_user(move.outputs[0]) is not node or order[-1] != len(shape) - 1:
+        return None
+    output = node.outputs[0]
+    inside = insert(
+        graph, node, node.op_type, [x, *node.inputs[1:]], dict(node.attributes),
+        name=f"{output.name}_rows", dtype=output.dtype,
+    )  # fmt: skip
+    new = insert(
+        graph, node, "Transpose", [inside], {"perm": list(order)},
+        name=output.name, dtype=output.dtype, shape=output.shape,
+    )  # fmt: skip
+    replace_value(output, new, keep_name=True)
+    return inside.producer()
 
 
 def _centred_before(node: ir.Node, shape: Shape, shapes: Shapes) -> ir.Node | None:

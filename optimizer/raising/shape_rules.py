@@ -25,8 +25,8 @@ _FAR = 2**31 - 1
 
 
 def unknown(value: ir.Value, axis: int) -> Dim:
-    """A dimension nothing is known about; '?' keeps it apart from the model's own names."""
-    return dims.symbol(f"?{value.name}.{axis}")
+    """A dimension nothing is known about."""
+    return dims.fresh(f"{value.name}.{axis}")
 
 
 def joined(
@@ -131,7 +131,7 @@ def _reshape(shapes: Shapes, node: ir.Node, value: ir.Value) -> Shape | None:
         rest = dims.product(dim for dim in result if dim != -1)
         total = None if source is None else dims.divide(dims.product(source), rest)
         result[axis] = unknown(value, axis) if total is None else total
-    return tuple(result)
+    return tuple(result) if source is None else dims.balanced(result, source)
 
 
 def _transpose(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:

@@ -83,6 +83,23 @@ def _vector_of_choice(shapes: Shapes, node: ir.Node) -> Shape | None:
     return tuple(same if first else other for first, same, other in rows)
 
 
+def _vector_of_extreme(shapes: Shapes, node: ir.Node) -> Shape | None:
+    """Min or Max of sizes: a size nothing else is known about, unless all are numbers."""
+    vectors = [shapes.vector_within(v) for v in node.inputs]
+    known = [v for v in vectors if v is not None and all(map(dims.never_negative, v))]
+    if len(known) != len(vectors):
+        return None
+    size = max(map(len, known))
+    columns = zip(*(v * size if len(v) == 1 else v for v in known), strict=True)
+    pick = min if node.op_type == "Min" else max
+    return tuple(
+        pick(n for n in sizes if isinstance(n, int))
+        if all(isinstance(n, int) for n in sizes)
+        else unknown(node.outputs[0], index)
+        for index, sizes in enumerate(columns)
+    )
+
+
 def _choices(shapes: Shapes, condition: ir.Value | None) -> list[bool | None] | None:
     """The elements of a condition, a constant or a == b: None what may be both. No size is < 0."""
     tensor = graphs.constant(condition)
@@ -155,6 +172,8 @@ VECTOR_RULES: dict[str, Callable[[Shapes, ir.Node], Shape | None]] = {
     "Div": _vector_of_quotient,
     "Gather": _vector_of_gather,
     "Identity": _vector_unchanged,
+    "Max": _vector_of_extreme,
+    "Min": _vector_of_extreme,
     "Mul": _vector_of_sum,
     "ReduceProd": _vector_of_product,
     "Reshape": _vector_unchanged,

@@ -215,3 +215,28 @@ def test_a_scale_after_a_norm_without_one_is_taken_in(scale):
 )
 def test_a_product_after_a_norm_stays(nodes):
     refuses(graph(nodes, constants=ONES), norms.run, None)
+
+
+HEADS = "h = Reshape(x, heads)  t = Transpose<perm = {}>(h)"
+
+
+@pytest.mark.parametrize("op_type", ["RMSNormalization", "LayerNormalization"])
+def test_a_norm_of_heads_goes_before_their_transpose(op_type):
+    nodes = f"{HEADS.format([0, 2, 1, 3])}  y = {op_type}<axis = 3, epsilon = 0.01>(t, v)"
+    constants = ONES + ", int64[4] heads = {0, 0, 2, 2}, float[2] v = {3, -1}"
+    case = graph(nodes, constants=constants, output="float[B,2,S,2] y")
+    assert apply(case, norms.run).applied >= 1
+    assert [node.op_type for node in case.graph] == ["Reshape", op_type, "Transpose"]
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        f"{HEADS.format([0, 1, 3, 2])}  n = RMSNormalization<axis = -1>(t, v)  y = Relu(n)",
+        f"{HEADS.format([0, 2, 1, 3])}  n = RMSNormalization<axis = -1>(t, v)  y = Add(n, t)",
+    ],
+    ids=["another axis comes last", "the heads are read elsewhere"],
+)
+def test_a_norm_after_a_transpose_stays(nodes):
+    constants = ONES + ", int64[4] heads = {0, 0, 2, 2}, float[2] v = {3, -1}"
+    refuses(graph(nodes, constants=constants, output="float[A,C,D,2] y"), norms.run, None)

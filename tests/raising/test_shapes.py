@@ -63,6 +63,15 @@ CASES = {
         "n = Shape(x)  c = Constant<value = bool[3] {0, 0, 0}>()  o = Shape(p)  "
         "t = Where(c, o, n)  z = ReduceMean(x, axis)  y = Expand(z, t)", (B, S, 4)
     ),
+    "one size computed, the others known": (
+        "n = Shape<start = 1, end = 2>(x)  m = Min(n, cap)  b = Shape<end = 1>(x)  "
+        "t = Concat<axis = 0>(b, m, pair)  y = Reshape(x, t)", (B, S, 2, 2)
+    ),
+    "two sizes computed": (
+        "n = Shape<start = 1, end = 2>(x)  m = Min(n, cap)  b = Shape<end = 1>(p)  "
+        "k = Max(b, cap)  t = Concat<axis = 0>(k, m, pair)  y = Reshape(x, t)",
+        (dims.fresh("k.0"), dims.fresh("m.0"), 2, 2),
+    ),
     "of everything": ("m = ReduceMax<keepdims = 0>(x)  y = Max(x, m)", (B, S, 4)),
     "of everything, by an empty vector": (
         "e = Constant<value_ints: ints = []>()  y = ReduceMax(x, e)", (1, 1, 1)
@@ -92,7 +101,8 @@ def test_shape_is_known(name: str) -> None:
             "int64[2] flat = {-1, 4}, int64[1] last = {-1}, int64[4] heads = {0, 0, 2, 2}, "
             "float[4] row = {1, 2, 3, 4}, float one = {1}, int64[1] zero = {0}, "
             "int64[1] two = {2}, int64[1] axis = {2}, int64[2] three_one = {3, 1}, "
-            "int64 n0 = {0}, int64 n1 = {1}, float[2,4] table = {1, 2, 3, 4, 5, 6, 7, 8}"
+            "int64[1] cap = {64}, int64[2] pair = {2, 2}, int64 n0 = {0}, int64 n1 = {1}, "
+            "float[2,4] table = {1, 2, 3, 4, 5, 6, 7, 8}"
         ),
     )
     assert shape_of(model) == expected
