@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from optimizer import attention_masks
 from optimizer.calibration import input_specs, primary_output
 from optimizer.deviation import OutputError, Outputs, collect, is_floating, wide
 from optimizer.errors import CalibrationError, ModelError, UnsupportedError, VerificationError
@@ -178,7 +179,7 @@ class _Comparison:
     def _wide(self, model: ir.Model) -> ir.Model:
         """``model`` as ONNX Runtime runs it in parts: float32, rounded where it is half."""
         if model not in self._widened:
-            self._widened[model] = rounded(model).model
+            self._widened[model] = attention_masks.runnable(rounded(model).model)
         return self._widened[model]
 
     def _cuts(self, max_memory: int | None) -> tuple[list[str], str]:

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
+from optimizer import attention_masks
 from optimizer import graph as graphs
+from optimizer.attention_masks import MASK
 from optimizer.legalize import decompose, int8
 from optimizer.legalize.mask_proof import cuts_tokens, find_roles
 from optimizer.nodes import by_constant
 from optimizer.pass_base import Skip
 from optimizer.raising.base import allow
-from optimizer.raising.dims import Dim, Shape
 from optimizer.raising.shapes import Shapes
 
-_MASK = 3
 #: Changes of layout that ONNX Runtime moves a quantizer across.
 _MOVED = frozenset({"Flatten", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
 #: Scores further below the largest of their row than this are raised to it. exp(-60) = 9e-27: all
@@ -63,7 +62,7 @@ def spell_causal_attention(model: ir.Model) -> int:
     shared: dict[ir.Value, ir.Value] = {}
     count = 0
     for node in sites:
-        mask = node.inputs[_MASK] if len(node.inputs) > _MASK else None
+        mask = node.inputs[MASK] if len(node.inputs) > MASK else None
         cut = node.attributes.get_int("is_causal", 0) == 1
         if mask is not None and not isinstance(roles, str) and not cut:
             if mask not in causal:
@@ -77,7 +76,7 @@ def spell_causal_attention(model: ir.Model) -> int:
 
 def _spells_well(node: ir.Node) -> bool:
     """Whether this is attention within one sequence, in float32, that only returns its result."""
-    if len(node.outputs) != 1 or len(node.inputs) > _MASK + 1:
+    if len(node.outputs) != 1 or len(node.inputs) > MASK + 1:
         return False
     if node.attributes.get_int("q_num_heads", 0) == 0:
         return False
@@ -147,29 +146,15 @@ def spell_residuals(model: ir.Model) -> int:
 
 
 def widen_masks(model: ir.Model) -> int:
-    """Write out the query dimension of attention masks.
-
-    ONNX Runtime broadcasts a mask over batch and heads, but refuses one query row for all.
-    """
-    count = 0
-    shapes = Shapes()
-    dims = [dim for value in model.graph.inputs for dim in value.shape or ()]
-    names = frozenset(str(dim) for dim in dims if not isinstance(dim, int))
-    wide: dict[tuple[ir.Value, Dim | ir.Value], ir.Value] = {}
-    for node in [n for n in model.graph if n.op_type == "Attention" and n.domain == ""]:
-        mask = node.inputs[_MASK] if len(node.inputs) > _MASK else None
-        query = node.inputs[0]
-        if mask is None or query is None or _has_query_rows(shapes.of(mask), names):
-            continue
-        rows = shapes.of(query)
-        key = mask, query if rows is None else rows[-2]
+    """Write out the query dimension of attention masks (``attention_masks``)."""
+    wide: dict[attention_masks.Key, ir.Value] = {}
+    for node, mask, key in attention_masks.narrow(model):
         if key not in wide:
             if not allow(str(mask.name), "attention mask"):
                 continue
-            wide[key] = _widen(model.graph, node, mask, query)
-            count += 1
-        node.replace_input_with(_MASK, wide[key])
-    return count
+            wide[key] = attention_masks.widen(model.graph, node, mask)
+        node.replace_input_with(attention_masks.MASK, wide[key])
+    return len(wide)
 
 
 def drop_zero_points(model: ir.Model) -> int:
@@ -193,34 +178,3 @@ def drop_zero_points(model: ir.Model) -> int:
     if count:
         graphs.remove_dead(model)
     return count
-
-
-def _has_query_rows(mask: Shape | None, names: frozenset[str]) -> bool:
-    """Whether the second last dimension of a mask is certainly the number of queries.
-
-    It is that or 1 in any valid model; so it is not 1 where it is written in terms of dimensions
-    of the model's inputs.
-    """
-    if mask is None or len(mask) < 2:
-        return False
-    rows = mask[-2]
-    if isinstance(rows, int):
-        return rows > 1
-    return all(name in names for product, _ in rows for name in product)
-
-
-def _widen(graph: ir.Graph, anchor: ir.Node, mask: ir.Value, query: ir.Value) -> ir.Value:
-    # The sequence length is dimension 1 of a 3-D and dimension 2 of a 4-D query: always -2.
-    rows = graphs.insert(
-        graph, anchor, "Shape", (query,), {"start": -2, "end": -1}, name=f"{mask.name}_rows",
-        dtype=ir.DataType.INT64, shape=(1,),
-    )  # fmt: skip
-    one = graphs.add_initializer(graph, "mask_one", np.array([1], np.int64))
-    shape = graphs.insert(
-        graph, anchor, "Concat", (rows, one), {"axis": 0}, name=f"{mask.name}_shape",
-        dtype=ir.DataType.INT64, shape=(2,),
-    )  # fmt: skip
-    # Expand broadcasts both ways, so (S, 1) leaves every other dimension as it is.
-    return graphs.insert(
-        graph, anchor, "Expand", (mask, shape), name=f"{mask.name}_wide", dtype=mask.dtype
-    )

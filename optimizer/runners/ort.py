@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from optimizer import attention_masks
 from optimizer.errors import MissingDependencyError, ModelError, OptimizerError, UnsupportedError
 from optimizer.proto import Part, skeleton
 from optimizer.runners.base import Feed
@@ -121,7 +122,7 @@ class OrtRunner:
         if isinstance(model, ir.Model):
             if rounding and part is None:
                 wide = rounded(model)
-                model, half = wide.model, wide.types
+                model, half = attention_masks.runnable(wide.model), wide.types
             source: str | bytes = self._serialize(model, options, extra_outputs, part)
         else:
             source = str(model)

@@ -9,6 +9,7 @@ import models
 import numpy as np
 import onnx_ir as ir
 import pytest
+import rule_case
 
 from optimizer.errors import (
     CalibrationError,
@@ -18,6 +19,7 @@ from optimizer.errors import (
 )
 from optimizer.graph import lazy
 from optimizer.runners import ort
+from optimizer.runners.reference import ReferenceRunner
 
 CONFIG = models.Config(kv_cache=True)
 
@@ -260,3 +262,21 @@ def test_messages_of_onnx_runtime_are_told_without_its_own_code() -> None:
     )
     message = str(ort.translate_error(RuntimeError(text), "model"))
     assert message == "model: node 'a' (Attention) failed: parameters.batch_size > 0 was false."
+
+
+def test_a_mask_with_one_row_for_all_queries_is_written_out():
+    """ONNX Runtime refuses it; the model stays as it is."""
+    model = rule_case.model(
+        "g (float[B,S,8] x, bool[B,1,1,S] m) => (float[B,S,8] y) "
+        "{ y = Attention<q_num_heads = 2, kv_num_heads = 2>(x, x, x, m) }"
+    )
+    before = ir.to_proto(model).SerializeToString()
+    rng = np.random.default_rng(0)
+    feed = {
+        "x": rng.normal(size=(2, 5, 8)).astype(np.float32),
+        "m": rng.random((2, 1, 1, 5)) < 0.7,
+    }
+    feed["m"][..., 0] = True  # no row without any key
+    found, expected = ort.OrtRunner(model).run(feed), ReferenceRunner(model).run(feed)
+    np.testing.assert_allclose(found["y"], expected["y"], rtol=1e-5, atol=1e-6)
+    assert ir.to_proto(model).SerializeToString() == before
