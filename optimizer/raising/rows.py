@@ -62,6 +62,8 @@ def _move(graph: ir.Graph, shapes: Shapes, node: ir.Node) -> bool:
     result = shapes.of(output)
     if result is None or len(result) != 2 or not isinstance(result[1], int):
         return False
+    if node.op_type == "Cast" and output.is_graph_output() and not output.uses():
+        return False  # the model's last step; what stores half precision writes it there again
     inputs = _inputs_before(shapes, node)
     if inputs is None:
         return False

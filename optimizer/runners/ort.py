@@ -362,5 +362,5 @@ def _first_line(error: Exception) -> str:
     """The message without ONNX Runtime's prefix, source locations and C++, on one line."""
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error))
     text = re.sub(r"/\S+\.(?:cc|h|hpp):\d+ ", "", text)
-    text = re.sub(r"\S*onnxruntime::\S*Status onnxruntime::\S+\([^()]*\) (?:const )?", "", text)
+    text = re.sub(r"(?:\S*Status|void) onnxruntime::\S+\([^()]*\) (?:const )?", "", text)
     return " ".join(text.split())[:600]

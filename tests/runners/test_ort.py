@@ -262,6 +262,8 @@ def test_messages_of_onnx_runtime_are_told_without_its_own_code() -> None:
     )
     message = str(ort.translate_error(RuntimeError(text), "model"))
     assert message == "model: node 'a' (Attention) failed: parameters.batch_size > 0 was false."
+    void = text.replace("onnxruntime::common::Status ", "void ").replace(", bool)", ") const")
+    assert str(ort.translate_error(RuntimeError(void), "model")) == message
 
 
 def test_a_mask_with_one_row_for_all_queries_is_written_out():
