@@ -187,9 +187,11 @@ def test_a_reshape_that_merges_batch_and_sequence_is_not_followed() -> None:
     assert through(Shapes(), start(model.graph.inputs[0], 3, 12), node) is None
 
 
-def test_one_number_added_to_all_columns_is_no_bias() -> None:
+def test_one_number_added_to_all_columns_is_added_to_each_part() -> None:
     model = graph(
         f"m = MatMul(x, w)  l = Add(m, one)  {SPLITS['split in equal parts']}  {TOTAL}",
         constants=f"float[4,12] w = {numbers(WEIGHT)}, float[1] one = {{0.5}}",
     )
-    refuses(model, packed.run, None)
+    assert apply(model, packed.run).applied == 1
+    assert ops(model) == {"MatMul": 3, "Add": 4, "Mul": 1}
+    assert len(model.graph.initializers["one"].uses()) == 3
