@@ -79,8 +79,8 @@ STAY = {
 @pytest.mark.parametrize("name", STAY)
 def test_the_heads_stay_merged_before(name: str) -> None:
     nodes, size = STAY[name]
-    model = graph(f"{nodes}  y = Neg(r)", inputs=f"{INPUTS}, float[2,B,3,4] u, float[2,B,4,3] k, float[N,3,4] v",
-                  output=f"float[{size}] y",
+    others = "float[2,B,3,4] u, float[2,B,4,3] k, float[N,3,4] v"
+    model = graph(f"{nodes}  y = Neg(r)", inputs=f"{INPUTS}, {others}", output=f"float[{size}] y",
                   constants=f"{FLAT}, float[4,4] weight = {{{', '.join('1' * 16)}}}, "
                   "int64[2] two = {-1, 4}, int64[3] tall = {-1, 4, 3}")  # fmt: skip
     refuses(model, batches.run, None)
