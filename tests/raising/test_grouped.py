@@ -100,11 +100,8 @@ STAY = {
 @pytest.mark.parametrize("name", STAY)
 def test_heads_stay_that_are_repeated(name: str) -> None:
     nodes, reason = STAY[name]
-    refuses(
-        case(nodes, inputs=f"{INPUTS}, float[B,T,{12 if 'thirds' in nodes else 24}] w"),
-        grouped.run,
-        reason,
-    )
+    width = 12 if "thirds" in nodes else 24
+    refuses(case(nodes, inputs=f"{INPUTS}, float[B,T,{width}] w"), grouped.run, reason)
 
 
 def test_heads_that_are_repeated_before_a_cache_stay() -> None:
