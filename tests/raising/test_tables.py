@@ -210,6 +210,16 @@ def test_a_part_stays_apart_where(name: str) -> None:
     refuses(model, rotary.run, reason)
 
 
+def test_rows_that_come_twice_are_no_halves() -> None:
+    """As many rows as half of the angles: joined along the sequence they look like them."""
+    model = graph(
+        f"k = Concat<axis = 1>(f, f)  g = Unsqueeze(k, one)  c = Cos(g)  s = Sin(g)  {HEADS}"
+        f"  {HALVES}  {SUM}", inputs="float[B,4,8] x, float[B,2,4] f",
+        output="float[B,2,4,4] y", constants=CONSTANTS,
+    )  # fmt: skip
+    refuses(model, run, "halves are not known to be equal")
+
+
 def test_a_part_of_flat_heads_is_no_part_of_each_head() -> None:
     """Two heads of size 4 in the first 8 columns; as one head of 16, they would turn together."""
     model = graph(
