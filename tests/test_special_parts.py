@@ -191,7 +191,8 @@ def test_queries_come_from_windows(name: str) -> None:
     output = "float[N,2,4,4] y" if "turned" in name else "float[N,4,8] y"
     model = graph(nodes, inputs="float[B,16,8] x", output=output,
                   constants=f"{WEIGHTS}, int64[5] s1 = {{0, 2, 2, 4, 8}}, "
-                  "int64[3] s2 = {-1, 4, 8}, float half = {0.5}, int64[4] h = {0, 0, 2, 4}")  # fmt: skip
+                  "int64[3] s2 = {-1, 4, 8}, float half = {0.5}, "
+                  "int64[4] h = {0, 0, 2, 4}")  # fmt: skip
     assert windowed(only(model, "Attention")) is expected
     said = find_blocks(model).misses[0][1]
     assert (said == "attention within windows of the tokens") is expected
