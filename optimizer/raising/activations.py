@@ -18,8 +18,9 @@ import numpy as np
 import onnx_ir as ir
 
 from optimizer.graph import add_initializer, constant, insert, only_user, replace_value, scalar
-from optimizer.nodes import node_of
+from optimizer.nodes import dims, node_of
 from optimizer.raising.base import LocalRule, Miss, RuleReport, site, sweep
+from optimizer.raising.shapes import Shapes
 
 _POINTS = np.linspace(-6.0, 6.0, 121)
 _MAX_STEPS = 8
@@ -74,14 +75,15 @@ def run(model: ir.Model, *, gelu: bool = True) -> RuleReport:
         gelu: Whether the operator Gelu (opset 20) may be written.
     """
     anchors = ("Erf", "Tanh", "Sigmoid", "Exp") if gelu else ("Sigmoid", "Exp")
-    rules: dict[str, LocalRule] = dict.fromkeys(anchors, _raise)
+    rules: dict[str, LocalRule] = dict.fromkeys(anchors, partial(_raise, shapes=Shapes()))
     return sweep(model, {**rules, "Swish": _swish})
 
 
-def _raise(node: ir.Node) -> bool | Miss:
+def _raise(node: ir.Node, shapes: Shapes) -> bool | Miss:
     best: Miss | None = None
     for x in _candidates(node):
-        for end, curve in _curves(node, x):
+        rank = len(shapes.of(x) or ())
+        for end, curve in _curves(node, x, rank):
             kind = _recognized(node, x, curve)
             if kind is not None:
                 return _write(node, x, end, kind)
@@ -106,7 +108,7 @@ def _candidates(node: ir.Node) -> Iterator[ir.Value]:
         frontier = following
 
 
-def _curves(node: ir.Node, x: ir.Value) -> Iterator[tuple[ir.Value, np.ndarray]]:
+def _curves(node: ir.Node, x: ir.Value, rank: int) -> Iterator[tuple[ir.Value, np.ndarray]]:
     """Values computed from the anchor and ``x`` alone, with their graph over ``_POINTS``."""
     known: dict[ir.Value, np.ndarray | None] = {x: _POINTS}
     value = node.outputs[0]
@@ -117,21 +119,24 @@ def _curves(node: ir.Node, x: ir.Value) -> Iterator[tuple[ir.Value, np.ndarray]]
         if user is None or len(user.outputs) != 1 or user.domain != "":
             return
         value = user.outputs[0]
-        curve = _evaluate(value, known, _MAX_STEPS * 2)
+        curve = _evaluate(value, known, rank, _MAX_STEPS * 2)
         if curve is None:
             return
         yield value, curve
 
 
 def _evaluate(
-    value: ir.Value, known: dict[ir.Value, np.ndarray | None], depth: int
+    value: ir.Value, known: dict[ir.Value, np.ndarray | None], rank: int, depth: int
 ) -> np.ndarray | None:
-    """The graph of ``value`` as a function of the one value in ``known``, None if it is none."""
+    """The graph of ``value`` as a function of the one value in ``known``, None if it is none.
+
+    A number with more axes than that value, which has ``rank``, would add them to the result.
+    """
     if value in known:
         return known[value]
     known[value] = None  # until proven otherwise
     number = scalar(value)
-    if number is not None:
+    if number is not None and len(dims(value) or ()) <= rank:
         known[value] = np.full_like(_POINTS, number)
         return known[value]
     node = node_of(value, *_UNARY, *_BINARY)
@@ -139,7 +144,7 @@ def _evaluate(
         return None
     if node.op_type == "Cast" and not _keeps_floats(node):
         return None
-    operands = [None if v is None else _evaluate(v, known, depth - 1) for v in node.inputs]
+    operands = [None if v is None else _evaluate(v, known, rank, depth - 1) for v in node.inputs]
     arrays = [operand for operand in operands if operand is not None]
     if len(arrays) != len(operands):
         return None

@@ -171,11 +171,8 @@ def _to_canonical(state: _State, node: ir.Node) -> int | str:
 def _unscale_flat(node: ir.Node) -> int:
     """Move factors of queries and keys into an Attention in 3-D form that says its scale."""
     scale = node.attributes.get_float("scale", 0.0)
-    query, factor = spelled.unscaled(operand(node))
-    keys = operand(node, 1)
-    if optional(node, 4) is None:  # the cache holds scaled keys
-        keys, key_factor = spelled.unscaled(keys)
-        factor *= key_factor
+    cached = optional(node, 4) is not None
+    query, keys, factor = _unscaled(operand(node), operand(node, 1), cached=cached)
     if not scale or (query is node.inputs[0] and keys is node.inputs[1]):
         return 0
     node.replace_input_with(0, query)
@@ -184,13 +181,21 @@ def _unscale_flat(node: ir.Node) -> int:
     return 1
 
 
+def _unscaled(query: ir.Value, keys: ir.Value, *, cached: bool) -> tuple[ir.Value, ir.Value, float]:
+    """Queries and keys without constant factors, and their product where it is positive."""
+    plain_query, factor = spelled.unscaled(query)
+    plain_keys, key_factor = (keys, 1.0) if cached else spelled.unscaled(keys)
+    factor *= key_factor  # a cache holds scaled keys
+    return (plain_query, plain_keys, factor) if factor > 0 else (query, keys, 1.0)
+
+
 def _unscale(state: _State, node: ir.Node) -> int:
     """Move a factor of the queries into the Attention, which stays 4-D like its cache."""
     query = layout.find(state.shapes, operand(node))
     if isinstance(query, str) or not query.joined:
         return 0
     source, factor = spelled.unscaled(query.source)
-    if source is query.source:
+    if source is query.source or factor <= 0:
         return 0
     split = layout.split(state.graph, node, source, query.count, query.size)
     scale = node.attributes.get_float("scale", float(query.size) ** -0.5)
@@ -253,10 +258,7 @@ def _rewrite(state: _State, found: _Site) -> None:
     node, graph = found.node, state.graph
     sides = (found.query, found.keys, found.values)
     query, keys, values = (layout.join(graph, node, side) for side in sides)
-    query, factor = spelled.unscaled(query)
-    if found.cache is None:  # the cache holds scaled keys
-        keys, key_factor = spelled.unscaled(keys)
-        factor *= key_factor
+    query, keys, factor = _unscaled(query, keys, cached=found.cache is not None)
     mask = optional(node, 3)
     if mask is not None:
         rows = (state.shapes.of(operand(node)) or ())[2]
@@ -292,6 +294,7 @@ def _rewrite(state: _State, found: _Site) -> None:
     if scores is not None:
         graphs.replace_value(scores, outputs[3], keep_name=True)
     if found.cache is not None:
+        found.cache.detach()
         graphs.replace_value(found.cache.all_keys, outputs[1])
         graphs.replace_value(found.cache.all_values, outputs[2])
 

@@ -62,6 +62,7 @@ class Cache:
 
     Attributes:
         all_keys, all_values: The results of the two Concats, [B, Hkv, P+S, c].
+        read_for_sizes: Whether the mask or the queries depend on the sizes of these.
     """
 
     past_key: ir.Value
@@ -70,6 +71,13 @@ class Cache:
     new_value: ir.Value
     all_keys: ir.Value
     all_values: ir.Value
+    read_for_sizes: bool = False
+
+    def detach(self) -> None:
+        """Compute the sizes of the results without them, so that one node may write both."""
+        if self.read_for_sizes:
+            for value in (self.all_keys, self.all_values):
+                _detach_sizes(value)
 
 
 def find_cache(
@@ -90,12 +98,10 @@ def find_cache(
     (past_key, new_key), (past_value, new_value) = key_pair, value_pair
     producers = {value.producer() for value in (keys, values)}
     sources = [operand(node), new_key, new_value, past_key, past_value, optional(node, 3)]
-    if _reach(sources, producers):
-        for value in (keys, values):
-            _detach_sizes(value)
-    if _reach(sources, producers):
+    if _reach(sources, producers, but_for_sizes_of=(keys, values)):
         return "the mask or the queries depend on the concatenated cache"
-    return Cache(past_key, past_value, new_key, new_value, keys, values)
+    sizes = _reach(sources, producers)
+    return Cache(past_key, past_value, new_key, new_value, keys, values, sizes)
 
 
 def _concatenated(shapes: Shapes, value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
@@ -143,7 +149,11 @@ def _detach_sizes(value: ir.Value) -> None:
         graphs.replace_value(reader.outputs[0], part)
 
 
-def _reach(sources: list[ir.Value | None], targets: set[ir.Node | None]) -> bool:
+def _reach(
+    sources: list[ir.Value | None],
+    targets: set[ir.Node | None],
+    but_for_sizes_of: tuple[ir.Value, ...] = (),
+) -> bool:
     """Whether a source depends on the result of one of the target nodes."""
     seen: set[ir.Node] = set()
     pending = [value for value in sources if value is not None]
@@ -154,5 +164,7 @@ def _reach(sources: list[ir.Value | None], targets: set[ir.Node | None]) -> bool
         if node in targets:
             return True
         seen.add(node)
+        if node.op_type == "Shape" and node.domain == "" and node.inputs[0] in but_for_sizes_of:
+            continue
         pending.extend(value for value in node.inputs if value is not None)
     return False

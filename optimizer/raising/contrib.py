@@ -28,6 +28,7 @@ from optimizer.raising.shapes import Shapes
 
 DOMAIN = "com.microsoft"
 _QUICK = 1.702
+_HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _ACTIVATIONS = frozenset({"HardSigmoid", "LeakyRelu", "Relu", "Sigmoid", "Tanh"})
 
 
@@ -137,8 +138,12 @@ def _simplified(node: ir.Node) -> bool | Miss:
         "epsilon": node.attributes.get_float("epsilon", 1e-5),
         "stash_type": node.attributes.get_int("stash_type", 1),
     }
-    pen = Pen.of(node)
-    return pen.done(0, pen.put("RMSNormalization", node.inputs[:2], attributes))
+    pen, x, scale = Pen.of(node), operand(node), operand(node, 1)
+    if x.dtype != scale.dtype:  # ONNX infers the type of x for what has that of the scale
+        if scale.dtype is not ir.DataType.FLOAT or x.dtype not in _HALF:
+            return Miss(site(node), "input and scale of a fused norm differ in element type")
+        x = pen.put("Cast", (x,), {"to": scale.dtype.value}, scale.dtype)
+    return pen.done(0, pen.put("RMSNormalization", (x, scale), attributes))
 
 
 def _gelu(node: ir.Node, approximate: str) -> bool:

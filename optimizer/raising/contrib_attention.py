@@ -78,9 +78,7 @@ def _multi_head(here: _Site) -> bool | Miss:
     if ranks[0] != 3 or ranks[1] != ranks[2] or ranks[1] not in (3, 4):
         return here.miss("its queries, keys and values are packed")
     sides, past = [query, key, value], [optional(node, 6), optional(node, 7)]
-    size, width = None if bias is None else dims(bias), (here.shapes.of(query) or (None,))[-1]
-    if not isinstance(width, int) and size is not None and size[0] % 3 == 0:
-        width = size[0] // 3
+    size, width = None if bias is None else dims(bias), _width(here, query, key)
     if not isinstance(width, int) or (bias is not None and (size is None or len(size) != 1)):
         return here.miss("the biases of its projections are not constant")
     complete = ranks[1] == 4  # keys and values in a cache have their bias already
@@ -96,6 +94,13 @@ def _multi_head(here: _Site) -> bool | Miss:
     return _attend(here, sides, width, past, (optional(node, 4), optional(node, 5)))
 
 
+def _width(here: _Site, query: ir.Value, key: ir.Value) -> Dim | None:
+    """The width of all heads of the queries, which is that of the keys [B, T, H*c]."""
+    shapes = [here.shapes.of(query), here.shapes.of(key)]
+    known = (shape[2] for shape in shapes if shape is not None and len(shape) == 3)
+    return next((size for size in known if isinstance(size, int)), None)
+
+
 def _columns(pen: Pen, weights: ir.Value, start: int, end: int) -> ir.Value:
     """Some columns of a constant matrix, or numbers of a constant vector."""
     shape = (*(dims(weights) or ())[:-1], end - start)
@@ -108,8 +113,11 @@ def _shifted(pen: Pen, value: ir.Value, bias: ir.Value, part: tuple[int, int]) -
 
 
 def _cache_refusal(here: _Site, keys: ir.Value, past: Sequence[ir.Value | None]) -> str | None:
-    if any(value is not None for value in past) or optional(here.node, 4) is not None:
+    more = (*past, optional(here.node, 4), output(here.node, 1), output(here.node, 2))
+    if any(value is not None for value in more):
         return "a mask or a cache beside keys and values that are complete"
+    if here.node.attributes.get_int("unidirectional", 0):
+        return "an order of tokens beside keys and values that are complete"
     size = (here.shapes.of(keys) or (None,))[-1]
     return None if isinstance(size, int) and here.heads else "the size of its heads is not known"
 
@@ -172,12 +180,15 @@ def _refusal(here: _Site, keys: ir.Value, width: Dim | None) -> str | None:
     """
     if not isinstance(width, int) or not here.heads or width % here.heads:
         return "the size of its heads is not known"
-    if here.shapes.of(operand(here.node)) is None:
+    shape, size = here.shapes.of(operand(here.node)), here.shapes.of(keys)
+    if shape is None:
         return "the rank of its queries is not known"
+    if here.node.attributes.get_int("unidirectional", 0) and (shape[1:2] != (size or ())[1:2]):
+        return "an order of tokens of which keys and queries may not be the same"
     mask = optional(here.node, _MASKS[here.node.op_type])
     if mask is None:
         return None
-    shape, batch = here.shapes.of(mask), (here.shapes.of(keys) or (None,))[0]
+    shape, batch = here.shapes.of(mask), (size or (None,))[0]
     if shape is None or len(shape) not in (1, 2, 3):
         return "its mask is neither of flags nor of lengths"
     return "its mask is not one length per row" if len(shape) == 1 and shape[0] != batch else None
@@ -281,6 +292,8 @@ def _rotary(node: ir.Node, shapes: Shapes) -> bool | Miss:
     shape, size = shapes.of(x), dims(cos)
     if node.attributes.get_int("is_packed_batching", 0):
         return Miss(site(node), "its rows are packed into one")
+    if node.attributes.get_float("scale", 1.0) != 1.0:  # ONNX Runtime's CPU takes no notice
+        return Miss(site(node), "its tables are multiplied by a scale")
     if shape is None or len(shape) not in (3, 4) or size is None:
         return Miss(site(node), "the rank of its input, or its tables, are not known")
     part = node.attributes.get_int("rotary_embedding_dim", 0)
@@ -322,7 +335,8 @@ def _unpacked(node: ir.Node) -> bool | Miss:
         return False
     layer = block_parts.linear(operand(node))
     sizes = [node.attributes.get_int(name, 0) for name in ("num_heads", "kv_num_heads")]
-    if layer is None or graphs.constant(layer.weight) is None:
+    constants = () if layer is None else (layer.weight, layer.bias)
+    if layer is None or any(v is not None and graphs.constant(v) is None for v in constants):
         return Miss(site(node), "its packed queries, keys and values are no linear layer")
     columns = (dims(layer.weight) or (0,))[-1]
     size = columns // max(1, sizes[0] + 2 * sizes[1])

@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from optimizer import graph as graphs
 from optimizer.nodes import node_of, operand, optional
+from optimizer.raising import dims
 from optimizer.raising import heads as layout
 from optimizer.raising.base import Miss, RuleReport, site, sweep
 from optimizer.raising.shapes import Shapes
@@ -105,7 +106,8 @@ def _open(shapes: Shapes, node: ir.Node) -> bool:
     width = (shapes.of(query) or (None,))[-1]
     if not heads or optional(node, 4) is not None or not isinstance(graph, ir.Graph):
         return False
-    sides = [_by_heads(value) for value in node.inputs[1:3]]
+    kv_heads = node.attributes.get_int("kv_num_heads", 0)
+    sides = [_by_heads(shapes, value, kv_heads) for value in node.inputs[1:3]]
     if None in sides or not isinstance(width, int) or width % heads or len(node.outputs) > 1:
         return False
     attributes = dict(node.attributes)
@@ -122,10 +124,15 @@ def _open(shapes: Shapes, node: ir.Node) -> bool:
     return True
 
 
-def _by_heads(value: ir.Value | None) -> ir.Value | None:
+def _by_heads(shapes: Shapes, value: ir.Value | None, heads: int) -> ir.Value | None:
     """The [B, H, T, c] of a cache, or repeated, that ``value`` [B, T, H*c] was joined from."""
     joined = node_of(value, "Reshape")
     source = None if joined is None else layout.swapped(joined.inputs[0])
+    shape = shapes.of(source)
+    if shape is None or len(shape) != 4 or shape[1] != heads:
+        return None
+    if shapes.of(value) != (shape[0], shape[2], dims.multiply(heads, shape[3])):
+        return None  # tokens and heads are regrouped
     if is_complete_cache(source):
         return source
     made = node_of(source, "Concat", "Reshape")

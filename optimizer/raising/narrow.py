@@ -73,13 +73,22 @@ def layer_at(product: ir.Node) -> Layer | None:
         step = graphs.only_user(value)
         if step is None or step.domain != "" or step.op_type not in allowed:
             break
-        if step.op_type in _ROUNDING and step.inputs[0] is not value:
+        if step.op_type in _ROUNDING and not _rounds(step, value):
             break
         if not all(_cuttable(v, width) for v in step.inputs if v is not value):
             break
         steps.append(step)
         value = step.outputs[0]
     return Layer(product, tuple(steps), width)
+
+
+def _rounds(step: ir.Node, value: ir.Value) -> bool:
+    """Whether Q or DQ reads ``value`` as numbers, with one scale or one for each column."""
+    if step.inputs[0] is not value:
+        return False
+    axis, shape = step.attributes.get_int("axis", 1), value.shape
+    last = axis == -1 or (shape is not None and axis == len(shape) - 1)
+    return last or _is_number(operand(step, 1))
 
 
 def _cuttable(value: ir.Value | None, width: int) -> bool:

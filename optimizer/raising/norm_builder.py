@@ -78,6 +78,8 @@ class Builder:
         end = self._folded() if core.output is None else self._plain(core.output)
         if end is None:
             return Miss(site(self.root), "what follows the root is no scale and shift per channel")
+        if not self.shapes.same(core.x, end):  # a constant [1, .., 1] of a higher rank
+            return Miss(site(self.root), "a constant within the norm adds an axis")
         inside = self._read_elsewhere(end)
         if inside is not None:
             return Miss(site(self.root), f"value '{inside.name}' within the norm is read elsewhere")

@@ -143,9 +143,24 @@ def _batch_norm_check(node: ir.Node, since: int, shapes: Shapes) -> str | None:
     return None
 
 
+def _limits_check(node: ir.Node, since: int, shapes: Shapes) -> str | None:
+    del since, shapes
+    if _type_of(node) is None and not {"max", "min", "value"}.isdisjoint(node.attributes):
+        return f"the type of what {node.op_type} gives is not known"
+    return None
+
+
+def _type_of(node: ir.Node) -> ir.DataType | None:
+    """The type of the first output, which is that of the first input."""
+    source = node.inputs[0]
+    return node.outputs[0].dtype or (None if source is None else source.dtype)
+
+
 _CHECKS: dict[str, Callable[[ir.Node, int, Shapes], str | None]] = {
     "BatchNormalization": _batch_norm_check,
+    "Clip": _limits_check,
     "Dropout": _dropout_check,
+    "Pad": _limits_check,
 }
 
 
@@ -182,13 +197,13 @@ def _slice(graph: ir.Graph, node: ir.Node, _: int) -> None:
 
 
 def _clip(graph: ir.Graph, node: ir.Node, _: int) -> None:
-    _attribute_to_input(graph, node, "min", 1, node.outputs[0].dtype or ir.DataType.FLOAT)
-    _attribute_to_input(graph, node, "max", 2, node.outputs[0].dtype or ir.DataType.FLOAT)
+    _attribute_to_input(graph, node, "min", 1, _type_of(node))
+    _attribute_to_input(graph, node, "max", 2, _type_of(node))
 
 
 def _pad(graph: ir.Graph, node: ir.Node, _: int) -> None:
     _attribute_to_input(graph, node, "pads", 1)
-    _attribute_to_input(graph, node, "value", 2, node.outputs[0].dtype or ir.DataType.FLOAT)
+    _attribute_to_input(graph, node, "value", 2, _type_of(node))
 
 
 def _top_k(graph: ir.Graph, node: ir.Node, _: int) -> None:

@@ -259,7 +259,8 @@ def _raise_partial(state: _State, node: ir.Node) -> None:
     (start, middle), (other_start, end) = rotated[1], rest[1]
     shape = shapes.of(x)
     axis = node.attributes["axis"].as_int()
-    whole = shape is not None and end == shape[-1] and axis in (-1, len(shape) - 1)
+    # In 3-D form, a part of the last axis is some of the heads, or some and a part of one.
+    whole = shape is not None and len(shape) == 4 and end == shape[-1] and axis in (-1, 3)
     if start != 0 or other_start != middle or not whole:
         state.skip(node, "the two parts of a partial rotary embedding are not the whole head")
         return

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optimizer import graph as graphs
-from optimizer.nodes import dims, node_of, operand
+from optimizer.nodes import dims, node_of, operand, optional
 from optimizer.quantized_parts import stored
 from optimizer.raising.base import RuleReport, attempt
 from optimizer.raising.shapes import Shapes
@@ -93,7 +93,7 @@ def _inputs_before(shapes: Shapes, node: ir.Node) -> list[ir.Value | None] | Non
     inputs = list(node.inputs)
     if node.op_type in UNARY | _NORMS | _PRODUCTS | _ROUNDING | {_DYNAMIC}:
         source = _flattened(shapes, inputs[0])
-        return [source, *inputs[1:]] if source is not None and _rowwise(node) else None
+        return [source, *inputs[1:]] if source is not None and _rowwise(shapes, node) else None
     if node.op_type not in BINARY or len(inputs) != 2:
         return None
     sources = [_flattened(shapes, value) for value in inputs]
@@ -106,15 +106,16 @@ def _inputs_before(shapes: Shapes, node: ir.Node) -> list[ir.Value | None] | Non
     return None
 
 
-def _rowwise(node: ir.Node) -> bool:
+def _rowwise(shapes: Shapes, node: ir.Node) -> bool:
     """Whether the constants and attributes of a node treat all rows alike."""
     if node.op_type in _NORMS:
         scale = dims(operand(node, 1))
         last = node.attributes.get_int("axis", -1) == -1
         return last and scale is not None and len(scale) == 1
     if node.op_type in _PRODUCTS:
-        weight = dims(stored(operand(node, 1)))
-        return weight is not None and len(weight) == 2
+        weight, middle = dims(stored(operand(node, 1))), optional(node, 2)
+        whole = middle is None or shapes.of(middle) in ((), (1,))
+        return whole and weight is not None and len(weight) == 2
     if node.op_type in _ROUNDING:
         return all(value is None or graphs.scalar(value) is not None for value in node.inputs[1:])
     return all(value is None or graphs.constant(value) is not None for value in node.inputs[1:])

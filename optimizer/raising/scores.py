@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from optimizer import graph as graphs
-from optimizer.nodes import by_constant, node_of, operand, operands, perm, users
+from optimizer.nodes import by_constant, dims, node_of, operand, operands, perm, users
 from optimizer.raising.masks import Part, is_lowest
 from optimizer.raising.shapes import Shapes
 from optimizer.special_parts import disentangled, products_under
@@ -170,11 +170,18 @@ def unscaled(value: ir.Value) -> tuple[ir.Value, float]:
     factor = 1.0
     while (node := node_of(value, "Mul", "Div")) is not None:
         found = by_constant(node)
-        if found is None or (node.op_type == "Div" and found[1] == 0):
+        if found is None or (node.op_type == "Div" and found[1] == 0) or _widens_rank(node):
             break
         value = found[0]
         factor = factor * found[1] if node.op_type == "Mul" else factor / found[1]
     return value, factor
+
+
+def _widens_rank(node: ir.Node) -> bool:
+    """Whether a constant may have more axes than the other operand, and add them to the result."""
+    ranks = [len(dims(v) or ()) for v in operands(node)]
+    known = [len(v.shape) for v in operands(node) if dims(v) is None and v.shape is not None]
+    return max(ranks) > min(known, default=1)
 
 
 def _step(node: ir.Node) -> tuple[ir.Value, Part | float] | str:

@@ -62,6 +62,16 @@ def axes_of(node: ir.Node, index: int) -> list[int] | None:
     return None if axes is None else list(axes)
 
 
+def reduced_axes(node: ir.Node, rank: int) -> set[int] | None:
+    """The axes that a reduction is over, None where they are computed."""
+    axes = axes_of(node, 1)
+    if axes is None and len(node.inputs) > 1 and node.inputs[1] is not None:
+        return None
+    if not axes:
+        return set() if node.attributes.get_int("noop_with_empty_axes", 0) else set(range(rank))
+    return {axis % rank for axis in axes}
+
+
 def slice_bounds(node: ir.Node, rank: int) -> list[tuple[int, slice]] | None:
     """(axis, slice) pairs of a Slice with constant bounds that mean the same to everybody."""
     if len(node.inputs) < 3:
@@ -319,14 +329,9 @@ def _like_index(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
 
 
 def _reduce(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
-    source, axes = shapes.of(node.inputs[0]), axes_of(node, 1)
-    if source is None:
+    source = shapes.of(node.inputs[0])
+    if source is None or (removed := reduced_axes(node, len(source))) is None:
         return None
-    if axes is None and len(node.inputs) > 1 and node.inputs[1] is not None:
-        return None  # computed axes
-    if not axes and not node.attributes.get_int("noop_with_empty_axes", 0):
-        axes = list(range(len(source)))
-    removed = {axis % len(source) for axis in axes or ()}
     keep = node.attributes.get_int("keepdims", 1)
     kept = [1 if axis in removed else dim for axis, dim in enumerate(source)]
     return tuple(dim for axis, dim in enumerate(kept) if keep or axis not in removed)

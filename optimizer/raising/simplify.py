@@ -56,6 +56,8 @@ def _cast(node: ir.Node) -> bool:
     before = None if inner is None else inner.inputs[0]
     if before is None or source.dtype not in _HOLD_ALL.get(before.dtype, ()):
         return False
+    if node.attributes["to"].as_int() == ir.DataType.STRING:  # more digits of a wider type
+        return False
     node.replace_input_with(0, before)
     return True
 

@@ -156,11 +156,11 @@ class Tables:
             return None if found is None else found[0]
         return None
 
-    @staticmethod
-    def _keeps_last_axis(node: ir.Node, rank: int) -> bool:
+    def _keeps_last_axis(self, node: ir.Node, rank: int) -> bool:
         """Whether the node moves whole rows: a lookup, or a new or dropped leading axis."""
         if node.op_type == "Gather":
-            return node.attributes.get_int("axis", 0) == 0
+            rows = len(self._shapes.of(node.inputs[0]) or ()) > 1
+            return rows and node.attributes.get_int("axis", 0) == 0
         if node.op_type in ("Unsqueeze", "Squeeze"):
             axes = axes_of(node, 1)
             full = rank if node.op_type == "Unsqueeze" else rank + len(axes or ())

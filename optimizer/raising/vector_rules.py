@@ -11,7 +11,7 @@ from optimizer import graph as graphs
 from optimizer.nodes import node_of
 from optimizer.raising import dims
 from optimizer.raising.dims import Dim, Shape
-from optimizer.raising.shape_rules import numbers, slice_bounds, unknown
+from optimizer.raising.shape_rules import numbers, reduced_axes, slice_bounds, unknown
 
 if TYPE_CHECKING:
     from optimizer.raising.shapes import Shapes
@@ -58,17 +58,26 @@ def _vector_of_quotient(shapes: Shapes, node: ir.Node) -> Shape | None:
         return None
     quotients = [dims.divide(dim, right[0]) for dim in left]
     sizes = all(dims.never_negative(dim) for dim in (*left, *right))
-    if None in quotients and not sizes:  # what gets a symbol of its own must be a size
-        return None
+    if None in quotients and not (sizes and _is_integer(node)):
+        return None  # what gets a symbol of its own must be a size, and whole
     return tuple(
         unknown(node.outputs[0], index) if quotient is None else quotient
         for index, quotient in enumerate(quotients)
     )
 
 
+def _is_integer(node: ir.Node) -> bool:
+    """Whether a quotient is rounded."""
+    dtype = next((v.dtype for v in (*node.outputs, *node.inputs) if v and v.dtype), None)
+    return dtype is not None and dtype.is_integer()
+
+
 def _vector_of_product(shapes: Shapes, node: ir.Node) -> Shape | None:
     source = shapes.vector_within(node.inputs[0])
-    return None if source is None else (dims.product(source),)
+    removed = reduced_axes(node, 1)
+    if source is None or removed is None:
+        return None
+    return (dims.product(source),) if removed else source
 
 
 def _vector_of_choice(shapes: Shapes, node: ir.Node) -> Shape | None:

@@ -105,3 +105,50 @@ def test_keeps_an_inner_value_that_is_an_output():
     nodes = "s = Sigmoid(x)  e = Erf(x)  y = Mul(s, x)"
     case = graph(nodes, output="float[B,S,4] y, float[B,S,4] s", constants=NUMBERS)
     refuses(case, activations.run, None)
+
+
+ADDS_AN_AXIS = {
+    "the half": "a = Div(x, root)  e = Erf(a)  b = Add(e, one)  h = Mul(x, b)  y = Mul(h, half4)",
+    "the root": "a = Div(x, root4)  e = Erf(a)  b = Add(e, one)  h = Mul(x, b)  y = Mul(h, half)",
+    "the one": "n = Neg(x)  e = Exp(n)  d = Add(e, one4)  y = Div(x, d)",
+    "the factor": "z = Mul(x, q4)  s = Sigmoid(z)  y = Mul(s, x)",
+}
+
+
+@pytest.mark.parametrize("nodes", ADDS_AN_AXIS.values(), ids=ADDS_AN_AXIS.keys())
+def test_a_number_that_adds_an_axis_is_no_part_of_an_activation(nodes):
+    constants = (
+        f"{NUMBERS}, float[1,1,1,1] half4 = {{0.5}}, float[1,1,1,1] one4 = {{1}}, "
+        f"float[1,1,1,1] root4 = {{{math.sqrt(2):.9f}}}, float[1,1,1,1] q4 = {{1.702}}"
+    )
+    case = graph(nodes, output="float[1,B,S,4] y", constants=constants)
+    assert not apply(case, activations.run).applied
+
+
+def test_numbers_may_have_as_many_axes_as_x():
+    nodes = "z = Mul(x, q3)  s = Sigmoid(z)  y = Mul(s, x)"
+    case = graph(nodes, constants="float[1,1,1] q3 = {1.702}")
+    assert apply(case, activations.run).applied == 1
+
+
+def test_an_activation_over_other_numbers_than_floats_stays():
+    """The curve is that of SiLU only where the quotient is not rounded."""
+    case = graph(
+        "f = Cast<to = 7>(x)  g = Cast<to = 1>(f)  s = Sigmoid(g)  h = Cast<to = 7>(s)"
+        "  y = Mul(f, h)", output="int64[B,S,4] y",
+    )  # fmt: skip
+    refuses(case, activations.run, None)
+
+
+def test_casts_between_floats_are_seen_through():
+    nodes = "f = Cast<to = 11>(x)  s = Sigmoid(f)  g = Cast<to = 1>(s)  y = Mul(g, x)"
+    case = graph(nodes)
+    assert apply(case, activations.run).applied == 1
+    assert ops(case) == {"Sigmoid": 1, "Mul": 1}
+
+
+@pytest.mark.parametrize(("attributes", "count"), [("", 1), ("<alpha = 0.5>", 2)])
+def test_swish_is_written_out(attributes, count):
+    case = graph(f"y = Swish{attributes}(x)", opset=24)
+    assert apply(case, activations.run).applied == 1
+    assert ops(case) == {"Sigmoid": 1, "Mul": count}

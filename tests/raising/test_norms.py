@@ -240,3 +240,93 @@ def test_a_norm_of_heads_goes_before_their_transpose(op_type):
 def test_a_norm_after_a_transpose_stays(nodes):
     constants = ONES + ", int64[4] heads = {0, 0, 2, 2}, float[2] v = {3, -1}"
     refuses(graph(nodes, constants=constants, output="float[A,C,D,2] y"), norms.run, None)
+
+
+RAISED = (
+    ", float[1,1,1,1] two4 = {2}, float[1,1,1,1] e4 = {0.01}, float[1,1,1,1] one4 = {1}, "
+    "float[1,1,1,1] half4 = {-0.5}, float[1,1,1,4] w4 = {2, 0.5, -1, 3}"
+)
+ADDS_AN_AXIS = {
+    "epsilon": SQUARE.replace("Add(m, e)", "Add(m, e4)") + "  y = Div(x, s)",
+    "epsilon before a scale": (
+        SQUARE.replace("Add(m, e)", "Add(m, e4)") + "  n = Div(x, s)  y = Mul(n, w)"
+    ),
+    "the square": SQUARE.replace("Pow(x, two)", "Pow(x, two4)") + "  y = Div(x, s)",
+    "the reciprocal": f"{SQUARE}  r = Div(one4, s)  y = Mul(x, r)",
+    "the power": SQUARE.replace("s = Sqrt(v)", "r = Pow(v, half4)  y = Mul(x, r)"),
+    "a scale in the root": f"{SQUARE}  r = Reciprocal(s)  f = Mul(r, w4)  y = Mul(x, f)",
+    "a shift in the root": f"{SPREAD}  r = Reciprocal(s)  f = Mul(r, w)  a = Mul(x, f)"
+    "  c = Mul(mu, f)  q = Sub(w4, c)  y = Add(a, q)",
+}
+
+
+@pytest.mark.parametrize("nodes", ADDS_AN_AXIS.values(), ids=ADDS_AN_AXIS.keys())
+def test_a_constant_that_adds_an_axis_keeps_the_norm_as_it_is(nodes):
+    case = graph(nodes, output="float[1,B,S,4] y", constants=SHARED + RAISED)
+    refuses(case, norms.run, "a constant within the norm adds an axis")
+
+
+def test_a_scale_that_adds_an_axis_comes_after_the_norm():
+    case = graph(f"{SQUARE}  n = Div(x, s)  y = Mul(n, w4)", output="float[1,B,S,4] y",
+                 constants=SHARED + RAISED)  # fmt: skip
+    apply(case, norms.run)
+    assert ops(case) == {"RMSNormalization": 1, "Mul": 1}
+
+
+TWO_SCALES = "a = Mul(n, w)  t = Mul(b, n)  y = Add(a, t)"
+
+
+@pytest.mark.parametrize("core", [f"{SQUARE}  n = Div(x, s)", f"{SPREAD}  n = Div(d, s)"])
+def test_norms_that_share_their_core_are_two(core):
+    case = graph(f"{core}  {TWO_SCALES}", constants=SHARED)
+    apply(case, norms.run)
+    kind = "RMSNormalization" if core.startswith(SQUARE) else "LayerNormalization"
+    assert ops(case) == {kind: 2, "Add": 1}
+
+
+@pytest.mark.parametrize(
+    "users",
+    ["a = Mul(n, w)  t = Tanh(n)  y = Add(a, t)", "a = Mul(n, w)  t = Mul(n, x)  y = Add(a, t)"],
+)
+def test_a_core_that_something_else_reads_ends_the_norm(users):
+    case = graph(f"{SQUARE}  n = Div(x, s)  {users}", constants=SHARED)
+    apply(case, norms.run)
+    assert ops(case)["RMSNormalization"] == 1
+    assert only(case, "RMSNormalization").outputs[0].name == "n"
+
+
+EXISTING = {
+    "last axis by number": ("LayerNormalization<axis = 2>(x, w, b)", 1),
+    "scale [1, 1, D]": ("LayerNormalization(x, wide, b)", 1),
+    "no bias": ("LayerNormalization<axis = -1>(x, w)", 0),
+    "canonical": ("RMSNormalization<axis = -1>(x, w)", 0),
+    "the default axis": ("RMSNormalization(x, w)", 1),
+}
+
+
+@pytest.mark.parametrize(("node", "changed"), EXISTING.values(), ids=EXISTING.keys())
+def test_existing_norms_are_brought_into_the_canonical_form(node, changed):
+    case = graph(f"y = {node}", constants=SHARED)
+    assert apply(case, norms.run).applied == changed
+    (norm,) = case.graph
+    assert norm.attributes["axis"].as_int() == -1
+    assert [len(value.shape) for value in norm.inputs[1:]] == [1] * (len(norm.inputs) - 1)
+
+
+KEPT = {
+    "more than the last axis": (
+        "y = LayerNormalization<axis = 1>(x, m)", "float[B,S,4] y", "more than the last axis",
+    ),
+    "its mean is read": (
+        "y, n = LayerNormalization(x, w)  z = Neg(n)", "float[B,S,4] y, float[B,S,1] z",
+        "the mean or inverse deviation of the norm is read",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("nodes", "output", "reason"), KEPT.values(), ids=KEPT.keys())
+def test_existing_norms_stay_where(nodes, output, reason):
+    twelve = ", ".join("1" * 12)
+    case = graph(nodes, inputs="float[B,3,4] x", output=output.replace("S", "3"),
+                 constants=f"{SHARED}, float[3,4] m = {{{twelve}}}")  # fmt: skip
+    refuses(case, norms.run, reason)

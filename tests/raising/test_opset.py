@@ -5,7 +5,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx.reference import ReferenceEvaluator
-from rule_case import feed, graph, model
+from rule_case import feed, graph, model, refuses
 
 from optimizer.raising import opset
 from optimizer.raising.base import opset_of
@@ -163,3 +163,25 @@ def test_a_region_of_interest_stays_where_the_runtime_has_a_kernel():
     )
     assert "does not exist in ONNX Runtime in" in opset.run(case).skipped[0].reason
     OrtRunner(case)
+
+
+BRANCH = """g (bool p, double[3] x) => (double[3] y) {{
+    y = If (p) <
+        then_branch = a () => (double[3] u) {{ k = Neg(x)  l = {node}  u = Neg(l) }},
+        else_branch = b () => (double[3] v) {{ v = Neg(x) }}
+    > }}"""
+
+
+@pytest.mark.parametrize(
+    "node", ["Clip<min = -0.5>(k)", "Clip<max = 0.5>(k)", "Pad<pads = [0, 0], value = 0.0>(k)"]
+)
+def test_a_limit_in_a_branch_is_not_given_a_type_that_is_a_guess(node):
+    case = model(BRANCH.format(node=node), opset=10)
+    refuses(case, opset.run, "gives is not known; the model keeps opset 10")
+
+
+@pytest.mark.parametrize("node", ["Clip<min = -0.5>(x)", "Pad<pads = [0, 0], value = 0.0>(x)"])
+def test_a_limit_in_a_branch_has_the_type_of_what_it_limits(node):
+    case = model(BRANCH.format(node=node), opset=10)
+    assert opset.run(case).applied == 1
+    onnx.checker.check_model(onnx.load_from_string(_bytes(case)), full_check=True)

@@ -94,3 +94,53 @@ def test_constants_come_second():
 def test_an_identity_behind_an_output_keeps_both_outputs():
     case = graph("y = Relu(x)  z = Identity(y)", output="float[B,S,4] y, float[B,S,4] z")
     refuses(case, simplify.run, None)
+
+
+FLOAT, FLOAT16, DOUBLE, BFLOAT16, STRING, INT64 = 1, 10, 11, 16, 8, 7
+#: type of x, the type on the way, the type at the end
+LOSSLESS = {
+    ("float", DOUBLE, FLOAT), ("float16", FLOAT, FLOAT16), ("float16", DOUBLE, FLOAT16),
+    ("float16", FLOAT, INT64), ("float", DOUBLE, FLOAT16), ("bfloat16", FLOAT, BFLOAT16),
+}  # fmt: skip
+LOSSY = {
+    ("float", FLOAT16, FLOAT), ("float", BFLOAT16, FLOAT), ("float16", BFLOAT16, FLOAT16),
+    ("double", FLOAT, DOUBLE), ("float", INT64, FLOAT), ("int64", FLOAT, INT64),
+    ("int64", DOUBLE, INT64), ("float", DOUBLE, STRING), ("float16", FLOAT, STRING),
+    ("bfloat16", FLOAT16, BFLOAT16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "inner", "to"), sorted(LOSSLESS))
+def test_a_type_that_holds_every_number_is_left_out(kind, inner, to):
+    case = graph(f"a = Cast<to = {inner}>(x)  b = Cast<to = {to}>(a)  y = Identity(b)",
+                 inputs=f"{kind}[B] x", output=f"{NAMES[to]}[B] y")  # fmt: skip
+    apply(case, simplify.run)
+    assert ops(case)["Cast"] <= 1
+    assert all(node.inputs[0].name == "x" for node in case.graph)
+
+
+@pytest.mark.parametrize(("kind", "inner", "to"), sorted(LOSSY))
+def test_a_type_that_does_not_stays(kind, inner, to):
+    case = graph(f"a = Cast<to = {inner}>(x)  y = Cast<to = {to}>(a)", inputs=f"{kind}[B] x",
+                 output=f"{NAMES[to]}[B] y")  # fmt: skip
+    refuses(case, simplify.run, None)
+
+
+NAMES = {
+    FLOAT: "float", FLOAT16: "float16", DOUBLE: "double", BFLOAT16: "bfloat16", STRING: "string",
+    INT64: "int64",
+}  # fmt: skip
+
+
+def test_a_cast_that_others_read_stays_for_them():
+    case = graph("a = Cast<to = 11>(x)  b = Cast<to = 1>(a)  c = Relu(b)  y = Cast<to = 11>(c)"
+                 "  z = Add(a, a)", output="double[B,S,4] y, double[B,S,4] z")  # fmt: skip
+    apply(case, simplify.run)
+    assert ops(case) == {"Cast": 2, "Relu": 1, "Add": 1}
+
+
+def test_a_cast_that_is_an_output_stays():
+    case = graph("a = Cast<to = 11>(x)  b = Cast<to = 1>(a)  y = Relu(b)",
+                 output="float[B,S,4] y, double[B,S,4] a")  # fmt: skip
+    apply(case, simplify.run)
+    assert ops(case) == {"Cast": 1, "Relu": 1}
