@@ -306,6 +306,8 @@ def _post_norm(add: ir.Node, source: ir.Value) -> _Tail | str:
         reason = found
     if reason == "no norm after the attention's sum" and norm(source) is None:
         return "neither a norm before the attention nor one after its sum"
+    if any(True for _ in users(add.outputs[0], "Add")):
+        return "a norm before the MLP, but none before the attention"
     return reason
 
 

@@ -276,7 +276,7 @@ MISSES: dict[str, Callable[[ir.Model], None]] = {
     "cross-attention": _cross_attention,
     "not read by exactly one linear projection": _two_readers,
     "TopK inside the MLP": _routed,
-    "no MLP adds to the stream": _no_norm,
+    "a norm before the MLP, but none before the attention": _no_norm,
     "does not end in a linear layer": _added_twice,
 }
 
