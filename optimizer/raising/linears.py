@@ -135,7 +135,10 @@ def _gemm(node: ir.Node, made: _Made) -> bool | Miss:
         return Miss(site(node), f"Gemm scales an activation by beta = {beta:g}")
     if alpha != 1.0 and constant(weight) is None:
         return Miss(site(node), f"Gemm scales a dequantized weight by alpha = {alpha:g}")
-    if node.attributes.get_int("transB", 0):
+    transposed = node.attributes.get_int("transB", 0)
+    if _scaled_by_rows(weight, 1 if transposed else 0):
+        return Miss(site(node), "ONNX Runtime refuses int8 products of weights scaled row by row")
+    if transposed:
         if not _transposable(weight):
             return Miss(site(node), "the weight is also read untransposed")
         weight = made.transpose(node, weight)
@@ -154,6 +157,15 @@ def _gemm(node: ir.Node, made: _Made) -> bool | Miss:
         y = insert(graph, node, "Add", (y, bias), name=output.name, dtype=output.dtype, shape=shape)
     replace_value(output, y, keep_name=True)
     return True
+
+
+def _scaled_by_rows(weight: ir.Value, axis: int) -> bool:
+    """Whether a weight is dequantized with a scale for each index of ``axis``, that of the sums."""
+    node = node_of(weight, "DequantizeLinear")
+    scale = None if node is None else constant(node.inputs[1])
+    if node is None or scale is None or len(scale.shape) != 1 or scale.size == 1:
+        return False
+    return node.attributes.get_int("axis", 1) % 2 == axis
 
 
 def _transposable(weight: ir.Value) -> bool:

@@ -222,7 +222,7 @@ def _concat(node: ir.Node, shapes: Shapes) -> bool:
     kept = [
         value
         for value, size in zip(node.inputs, sizes, strict=True)
-        if size is None or not size or size[axis] != 0
+        if size is None or not -len(size) <= axis < len(size) or size[axis] != 0
     ]
     graph, output = node.graph, node.outputs[0]
     if len(kept) in (0, len(node.inputs)) or not isinstance(graph, ir.Graph):

@@ -75,7 +75,7 @@ def runs_of(
     runs = Runs(path=path, model=model, epsilon=_coarsest(model))
     try:
         runner = OrtRunner(path, exact=True)
-        mapped = OrtRunner(model, exact=True)
+        mapped = OrtRunner(model, exact=True, rounding=False)  # as the file runs
         bare = OrtRunner(path, optimize=False)
     except OptimizerError:
         return runs

@@ -82,6 +82,17 @@ def test_a_dequantized_weight_is_transposed_with_its_axis():
     assert list(node.inputs[0].shape) == [4, 2]
 
 
+@pytest.mark.parametrize(("axis", "flag", "shape"), [(0, 0, "4,2"), (1, 1, "2,4")])
+def test_a_weight_scaled_row_by_row_stays_in_its_gemm(axis, flag, shape):
+    case = graph(
+        f"d = DequantizeLinear<axis = {axis}>(q, s)  y = Gemm<transB = {flag}>(x, d, b)",
+        constants=f"int8[{shape}] q = {{1, -3, 5, 7, 2, 4, -6, 8}}, "
+        f"float[4] s = {{0.5, 2, 1, 3}}, {B}",
+        **PAIR,
+    )
+    refuses(case, linears.run, "scaled row by row")
+
+
 def test_a_row_bias_becomes_a_vector():
     case = graph(
         "m = MatMul(x, w)  y = Add(m, row)",
