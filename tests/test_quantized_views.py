@@ -25,7 +25,8 @@ CONSTANTS = (
     "float[3] b = {1, 2, 3}, "
     "float[4] g = {1, 2, 0.5, 1}, float[4] c = {0.1, 0, 0, 1}, int64[1] last = {-1}, "
     "int64[1] middle = {1}, float low = {-3}, float high = {3}, float six = {6}, "
-    "float half = {0.5}, float none = {0}, float[4,4] w = {1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1}, "
+    "float half = {0.5}, float none = {0}, "
+    "float[4,4] w = {1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1}, "
     "float[3] lost = {0.1, 0.2, 0.3}, float[4,3] plain = {1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3}"
 )
 WEIGHT = "e = DequantizeLinear<axis = 1>(codes, columns)"
@@ -126,6 +127,12 @@ SHORTER = {
         f"{ROW}  {pair('x1')}  y = Mul(m, r)".replace("(t, last)", "(t, middle)"), "x1", "m",
     ),
     "a middle that is not added back": (f"{BOTH}  {pair('x1')}  y = Mul(m, r)", "x1", "m"),
+    "a middle of another that is added": (
+        f"{BOTH}  {pair('x1')}  m1 = Mul(m, r)  q = Mul(other, lost)  y = Add(m1, q)", "x1", "m",
+    ),
+    "a shift of each channel of rows that are divided": (
+        f"{ROW}  h = Sub(x1, g)  {pair('h')}  y = Mul(m, r)", "h", "m",
+    ),
     "a clamp that is an activation": (
         f"h = Clip(x, none, six)  {pair('h')}  y = Add(m, b)", "h", "y",
     ),
@@ -177,7 +184,7 @@ def test_two_layers_read_one_rounding() -> None:
 
 
 def test_the_input_of_a_layer_is_not_that_of_what_is_before_it() -> None:
-    case = model(f"h = Relu(x)  {pair('h')}  y = Add(m, b)")
+    case = model(f"h = Add(x, x2)  {pair('h')}  y = Add(m, b)")
     assert fed_by(value(case, "x")) == []
     assert len(fed_by(value(case, "h"))) == 1
 
