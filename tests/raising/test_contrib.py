@@ -189,11 +189,11 @@ def test_a_factor_behind_an_activation_stays_before_the_product() -> None:
 
 
 def test_a_product_of_unknown_rank_is_left_alone() -> None:
-    """An If whose branches differ in rank gives no rank."""
+    """An If whose branches differ in rank gives no rank; the other factor stays as it is, too."""
     model = build(
         "h = If (p) <then_branch = t () => (float[] u) { u = Neg(x) },"
         " else_branch = e () => (float[] v) { v = Flatten(x) }>"
-        f" y = {FUSED}<transA = 1>(h, x)",
+        f" y = {FUSED}<transA = 1, transB = 1>(x, h)",
         inputs="float[B,S,2] x, bool p", outputs="float[] y",
     )  # fmt: skip
     refuses(model, contrib.run, "the rank of what it transposes is not known")
