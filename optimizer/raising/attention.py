@@ -160,7 +160,7 @@ def _to_canonical(state: _State, node: ir.Node) -> int | str:
     if len(shape) != 4:
         return 0
     if all(is_complete_cache(value) for value in node.inputs[1:3]):
-        return _unscale(state, node) + _fit_mask(state, node, shape)
+        return int(_unscale(state, node) + _fit_mask(state, node, shape) > 0)  # one rewrite
     found = _site(state, node)
     if isinstance(found, str):
         return _fit_mask(state, node, shape) or found

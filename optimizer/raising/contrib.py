@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optimizer import graph as graphs
-from optimizer.nodes import node_of, operand, optional
+from optimizer.nodes import node_of, operand, operands, optional
 from optimizer.raising.base import LocalRule, Miss, RuleReport, site, sweep
 from optimizer.raising.shapes import Shapes
 
@@ -163,19 +163,19 @@ def _quick_gelu(node: ir.Node) -> bool:
 
 
 def _matmul(node: ir.Node, shapes: Shapes) -> bool | Miss:
-    sides: list[ir.Value] = []
+    orders: list[list[int] | None] = []
     for index, name in enumerate("AB"):
         value = operand(node, index)
-        last, batch = (node.attributes.get_int(f"trans{w}{name}", 0) for w in ("", "Batch"))
-        if not last and not batch:
-            sides.append(value)
-            continue
+        last, batch = (bool(node.attributes.get_int(f"trans{w}{name}", 0)) for w in ("", "Batch"))
         shape = shapes.of(value) or value.shape
-        if shape is None:
+        if shape is None and (last or batch):
             return Miss(site(node), "the rank of what it transposes is not known")
-        order = _order(len(shape), last=bool(last), batch=bool(batch))
-        sides.append(Pen.of(node).put("Transpose", (value,), {"perm": order}))
+        orders.append(_order(len(shape or ()), last=last, batch=batch) if last or batch else None)
     pen, alpha = Pen.of(node), node.attributes.get_float("alpha", 1.0)
+    sides = [
+        value if order is None else pen.put("Transpose", (value,), {"perm": order})
+        for value, order in zip(operands(node), orders, strict=True)
+    ]
     if alpha == 1.0:
         return pen.done(0, pen.put("MatMul", sides))
     dtype = (sides[0].dtype or ir.DataType.FLOAT).numpy()

@@ -65,6 +65,8 @@ def _merge_nodes(graph: ir.Graph) -> int:
         pairs = list(zip(first.outputs, node.outputs, strict=True))
         if any(new.is_graph_output() and old.is_graph_output() for new, old in pairs):
             continue
+        if any(not new.name and (old.uses() or old.is_graph_output()) for new, old in pairs):
+            continue  # an output that the first node leaves out
         if not allow(node):
             continue
         for new, old in pairs:

@@ -157,6 +157,8 @@ def _raise_floor(softmax: ir.Node) -> bool:
         return False
     if (graphs.scalar(below.inputs[1]) or 0) < _LOW or len(top.inputs) < 2:
         return False
+    if not top.attributes.get_int("keepdims", 1):
+        return False
     if graphs.scalar(top.inputs[1]) != -1 or softmax.attributes.get_int("axis", -1) != -1:
         return False
     softmax.replace_input_with(0, scores)

@@ -252,6 +252,15 @@ def test_a_complete_cache_keeps_the_form_and_takes_the_factor(scale: str) -> Non
     assert node.attributes["scale"].as_float() == pytest.approx(0.25)
 
 
+def test_a_complete_cache_takes_a_factor_and_gives_its_mask_the_axis_of_queries() -> None:
+    model = case("x1 = Mul(x, half)", SPLIT.replace("(x,", "(x1,"), "o = Attention(q, k, w, m)",
+                 BACK, inputs=f"{GIVEN}, float[B,1,1,T] m")  # fmt: skip
+    apply(model, attention.run)
+    node = only(model, "Attention")
+    assert "Mul" not in ops(model)
+    assert node.inputs[3].producer().op_type == "Expand"
+
+
 def test_a_complete_cache_does_not_take_a_negative_factor() -> None:
     model = case("x1 = Mul(x, minus)", SPLIT.replace("(x,", "(x1,"), "o = Attention(q, k, w)", BACK,
                  inputs=GIVEN)  # fmt: skip

@@ -173,6 +173,7 @@ def test_a_product_with_transposed_factors_is_written_out(nodes: str) -> None:
     model = build(nodes, inputs=inputs, outputs="float[B,2,3,5] y")
     assert apply(model, contrib.run).applied == 1
     assert ops(model) == made
+    assert model.graph[-1].op_type == ("Mul" if "alpha" in nodes else "MatMul")
 
 
 def test_transposing_a_vector_is_nothing() -> None:
@@ -189,11 +190,11 @@ def test_a_factor_behind_an_activation_stays_before_the_product() -> None:
 
 
 def test_a_product_of_unknown_rank_is_left_alone() -> None:
-    """An If whose branches differ in rank gives no rank."""
+    """An If whose branches differ in rank gives no rank; the other factor stays as it is, too."""
     model = build(
         "h = If (p) <then_branch = t () => (float[] u) { u = Neg(x) },"
         " else_branch = e () => (float[] v) { v = Flatten(x) }>"
-        f" y = {FUSED}<transA = 1>(h, x)",
+        f" y = {FUSED}<transA = 1, transB = 1>(x, h)",
         inputs="float[B,S,2] x, bool p", outputs="float[] y",
     )  # fmt: skip
     refuses(model, contrib.run, "the rank of what it transposes is not known")

@@ -42,3 +42,19 @@ def test_different_computations_stay_apart(nodes):
 def test_two_outputs_stay_two_nodes():
     case = graph("y = Tanh(x)  z = Tanh(x)", output="float[B,S,4] y, float[B,S,4] z")
     refuses(case, cse.run, None)
+
+
+LEFT_OUT = 'a, "", s = LayerNormalization(x, w)'
+COMPLETE = "b, m, s2 = LayerNormalization(x, w)"
+READ = "t = Add(a, b)  u = Add(m, s)  v = Add(u, s2)  y = Add(t, v)"
+
+
+@pytest.mark.parametrize(("first", "second", "count"), [
+    (LEFT_OUT, COMPLETE, 2), (COMPLETE, LEFT_OUT, 1),
+])  # fmt: skip
+def test_a_node_that_leaves_an_output_out_does_not_stand_for_one_that_gives_it(
+    first: str, second: str, count: int
+) -> None:
+    model = graph(f"{first}  {second}  {READ}", constants="float[4] w = {1, 2, 3, 4}")
+    apply(model, cse.run)
+    assert ops(model)["LayerNormalization"] == count
