@@ -97,3 +97,44 @@ def test_older_opsets_keep_their_form_of_unsqueeze():
     nodes = "u = Unsqueeze<axes = [1]>(x)  y = Unsqueeze<axes = [0]>(u)"
     case = model(f"g (float[B,4] x) => (float[1,B,1,4] y) {{ {nodes} }}", opset=11)
     refuses(case, broadcasts.run, None)
+
+
+TILES = {
+    "one axis": ("float[B,1,4] x", "{1, 3, 1}", "float[B,3,4] y"),
+    "two axes": ("float[1,1,4] x", "{2, 3, 1}", "float[2,3,4] y"),
+    "to nothing": ("float[B,1,4] x", "{1, 0, 1}", "float[B,0,4] y"),
+    "not at all": ("float[B,1,4] x", "{1, 1, 1}", "float[B,1,4] y"),
+}
+
+
+@pytest.mark.parametrize(("inputs", "counts", "output"), TILES.values(), ids=TILES.keys())
+def test_repeats_of_one_element_are_a_broadcast(inputs: str, counts: str, output: str) -> None:
+    case = model(f"g ({inputs}) => ({output}) <int64[3] r = {counts}> {{ y = Tile(x, r) }}")
+    assert apply(case, broadcasts.run).applied == 1
+    assert ops(case) == {"Expand": 1}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "counts"),
+    [
+        ("float[B,2,4] x", "{1, 3, 1}"),  # two elements, one after the other
+        ("float[B,N,4] x", "{1, 3, 1}"),  # perhaps one, perhaps more
+        ("float[B,2,4] x", "{1, 0, 1}"),  # a broadcast makes none of two
+    ],
+)
+def test_other_repeats_stay(inputs: str, counts: str) -> None:
+    case = model(f"g ({inputs}) => (float[B,M,4] y) <int64[3] r = {counts}> {{ y = Tile(x, r) }}")
+    refuses(case, broadcasts.run, None)
+
+
+def test_repeats_that_are_computed_from_shapes_are_known() -> None:
+    case = model(
+        "g (float[B,1,4] x, float[S] z) => (float[B,S,4] y) <int64[1] one = {1}> {"
+        " s = Shape(z)  r = Concat<axis = 0>(one, s, one)  y = Tile(x, r) }"
+    )
+    assert apply(case, broadcasts.run).applied == 1
+
+
+def test_repeats_that_are_given_are_not() -> None:
+    case = model("g (float[B,1,4] x, int64[3] r) => (float[C,S,D] y) { y = Tile(x, r) }")
+    refuses(case, broadcasts.run, None)

@@ -186,3 +186,34 @@ def test_no_size_is_inferred_beside_one_that_is_copied_and_may_be_zero():
     refuses(graph(nodes, output="float[B,M] y"), reshapes.run, None)
     case = graph("y = Reshape(x, keep)", output="float[B,M] y", constants="int64[2] keep = {0, -1}")
     refuses(case, reshapes.run, None)
+
+
+EMPTY = "float[B,S,4] x, float[B,0,4] e"
+JOINED = {
+    "in the middle": ("a = Concat<axis = 1>(x, e, x)  y = Neg(a)", "float[B,T,4] y",
+                      {"Concat": 1, "Neg": 1}),
+    "along an axis from the end": ("a = Concat<axis = -2>(e, x)  y = Neg(a)", "float[B,S,4] y",
+                                   {"Neg": 1}),
+    "straight to an output": ("t = Neg(x)  y = Concat<axis = 1>(e, t)", "float[B,S,4] y",
+                              {"Neg": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("nodes", "output", "left"), JOINED.values(), ids=JOINED.keys())
+def test_what_has_no_elements_is_not_joined(nodes, output, left):
+    case = graph(nodes, inputs=EMPTY, output=output)
+    assert apply(case, reshapes.run).applied == 1
+    assert ops(case) == left
+
+
+WHOLE = {
+    "all are empty": ("a = Concat<axis = 1>(e, e)  y = Neg(a)", "float[B,0,4] y"),
+    "empty along another axis": ("a = Concat<axis = 2>(e, e)  y = Neg(a)", "float[B,0,8] y"),
+    "perhaps empty": ("a = Concat<axis = 1>(x, x)  y = Neg(a)", "float[B,T,4] y"),
+    "an input straight to an output": ("y = Concat<axis = 1>(x, e)", "float[B,S,4] y"),
+}
+
+
+@pytest.mark.parametrize(("nodes", "output"), WHOLE.values(), ids=WHOLE.keys())
+def test_other_values_are_joined(nodes, output):
+    refuses(graph(nodes, inputs=EMPTY, output=output), reshapes.run, None)
