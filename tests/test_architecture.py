@@ -35,8 +35,8 @@ LAYERS = [
         "observers calibration pass_base graphsurgeon external_passes quantization precision "
         "generation legalize",
         "passes pass_template",
-        "budget recipe provenance report verify pipeline benchmark export inspection comparison "
-        "divergence judges command_judge stages shares bisection "
+        "budget recipe provenance report footprint verify pipeline benchmark export inspection "
+        "comparison divergence judges command_judge stages shares bisection "
         "conformance",
         "progress job bisect_job api cli __main__",
     )
