@@ -5,8 +5,9 @@
 For each model (``cost_models.py``: BERT-base with 438 MB, a BERT with 3.07 GB) our clean-up and
 every peer (``cost_peers.py``) take turns on the same files: once each, then all again. Every run is
 a process of its own, the whole command from start to exit, and writes a new file with its weights
-beside it; time is wall time, memory the largest resident set, pages of mapped files included. What
-a tool writes the first time is loaded in ONNX Runtime and compared with the original on one input.
+beside it; time is wall time (processor time is noted beside it), memory the largest resident set,
+pages of mapped files included. What a tool writes the first time is loaded in ONNX Runtime and
+compared with the original on one input.
 Our own verified runs, and those with weights inside of the file, are measured beside.
 
 Needs the extras ``torch`` and ``cpu``; the peers are what is installed of
@@ -75,6 +76,7 @@ def row(tool: Tool) -> dict[str, Any]:
         "tool": tool.name,
         "seconds_median": round(statistics.median(seconds), 2),
         "seconds": [round(s, 2) for s in seconds],
+        "cpu_seconds": [round(run.cpu, 2) for run in tool.runs],
         "peak_bytes": max(run.peak for run in tool.runs),
         **tool.result,
     }

@@ -34,7 +34,8 @@ def watch():
 threading.Thread(target=watch, daemon=True).start()
 _, status, usage = os.wait4(process.pid, 0)
 seconds = time.perf_counter() - start
-print(seconds, usage.ru_maxrss * 1024, os.waitstatus_to_exitcode(status), len(killed))
+cpu = usage.ru_utime + usage.ru_stime
+print(seconds, cpu, usage.ru_maxrss * 1024, os.waitstatus_to_exitcode(status), len(killed))
 """
 _CHECK = Path(__file__).with_name("cost_check.py")
 #: What libraries say of a message that is larger than protobuf allows, in their words.
@@ -57,11 +58,13 @@ class Run:
 
     Attributes:
         seconds: From start to exit.
+        cpu: Seconds of processor time.
         peak: Largest resident memory in bytes, mapped files included.
         problem: Why it failed, in one line; empty for success.
     """
 
     seconds: float
+    cpu: float
     peak: int
     problem: str = ""
 
@@ -96,10 +99,11 @@ def measure(command: list[str], folder: Path, limit: int, *, alone: bool) -> Run
     with tempfile.NamedTemporaryFile() as said:
         timer = [sys.executable, "-c", _TIMER, str(limit), said.name, *command]
         found = subprocess.check_output(timer, text=True, cwd=folder, env=environment).split()
-        seconds, peak, code, killed = float(found[0]), *map(int, found[1:])
+        seconds, cpu = map(float, found[:2])
+        peak, code, killed = map(int, found[2:])
         if killed:
-            return Run(seconds, peak, f"failed: more than {limit / 1e9:.0f} GB of memory")
-        return Run(seconds, peak, _problem(code, Path(said.name).read_text(errors="replace")))
+            return Run(seconds, cpu, peak, f"failed: more than {limit / 1e9:.0f} GB of memory")
+        return Run(seconds, cpu, peak, _problem(code, Path(said.name).read_text(errors="replace")))
 
 
 def _problem(code: int, said: str) -> str:

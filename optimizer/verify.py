@@ -97,8 +97,7 @@ def verify(
         samples: Data to take the feeds from; None = they are made up.
         custom_ops: Libraries of custom operators.
         threads: Threads of ONNX Runtime.
-        max_memory: Bytes. A model that needs more is run block by block, if the two models share
-            values to cut at.
+        max_memory: Bytes of resident memory for the proof of an exact pass; see ``footprint``.
         seed: Of what is made up.
 
     Raises:
