@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import compileall
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -101,6 +102,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def compare(model: str, form: str, source: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """All tools on one file, in turns."""
+    busy = os.getloadavg()[1]  # what other programs take from the times
     facts, expected, problem = inspect(source)
     if problem:
         sys.exit(f"{source}: {problem}")
@@ -120,6 +122,7 @@ def compare(model: str, form: str, source: Path, arguments: argparse.Namespace) 
         "nodes": facts["nodes"],
         "layers": cost_models.MODELS[model].layers,
         "rounds": arguments.rounds,
+        "load_average_before": round(busy, 1),
         "rows": rows,
     }
 
