@@ -1,118 +1,157 @@
-"""What the clean-up costs: time, peak memory, nodes and attentions found, in one command.
+"""What a clean-up costs, ours beside those of others: time, peak memory, and what comes out.
 
-    python benchmarks/cost.py [--rounds 3] [--work FOLDER] [--out FILE.json]
+    python benchmarks/cost.py [--models base,large] [--rounds 3] [--work FOLDER] [--out FILE.json]
 
-BERT-base (110 million random weights, 438 MB) as torch's dynamo exporter writes it at opset 18
-without its own optimizations, static [1, 128], with weights beside the file and inside it, without
-and with verification. Every run is a process of its own, the whole command from start to exit; time
-is wall time, memory is the process's peak resident set. Needs the extras ``torch`` and ``cpu``.
+For each model (``cost_models.py``: BERT-base with 438 MB, a BERT with 3.07 GB) our clean-up and
+every peer (``cost_peers.py``) take turns on the same files: once each, then all again. Every run is
+a process of its own, the whole command from start to exit, and writes a new file with its weights
+beside it; time is wall time (processor time is noted beside it), memory the largest resident set,
+pages of mapped files included. What a tool writes the first time is loaded in ONNX Runtime and
+compared with the original on one input.
+Our own verified runs, and those with weights inside of the file, are measured beside.
+
+Needs the extras ``torch`` and ``cpu``; the peers are what is installed of
+
+    pip install onnxscript onnxsim onnxoptimizer onnxslim colorama polygraphy onnx-graphsurgeon
+
+"large" needs 16 GB of memory for the peers (``--memory``: what grows beyond is ended) and 12 GB of
+disk. Results of models that are not measured this time stay in the file.
 """
 
 from __future__ import annotations
 
 import argparse
+import compileall
+import json
+import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import cost_models
+from cost_peers import PEERS
+from cost_runs import Tool, inspect, run_once
+
 from optimizer.benchmark import write_result
 from optimizer.machine import describe_machine
-from optimizer.model_io import load_model
 
 HOME = Path(__file__).resolve().parent
-LAYERS = 12
+OURS, VERIFIED = "optimize --verify off", "optimize, verified"
+#: What verification of the model that does not fit half of it is given.
+MAX_MEMORY = {"large": "2GB"}
 
 
-def export(folder: Path) -> dict[str, Path]:
-    """Write both files, unless they are there."""
-    paths = {form: folder / f"bert-{form}.onnx" for form in ("external", "inline")}
-    if all(path.exists() for path in paths.values()):
-        return paths
-    import torch
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    model = BertModel(BertConfig(), add_pooling_layer=False).eval()
-    ids = torch.randint(0, 1000, (1, 128))
-    program = torch.onnx.export(
-        model,
-        (ids, torch.ones_like(ids)),
-        dynamo=True,
-        optimize=False,
-        opset_version=18,
-        input_names=["input_ids", "attention_mask"],
-        verbose=False,
-    )
-    for form, path in paths.items():
-        program.save(path, external_data=form == "external")
-    return paths
+def ours(name: str, source: Path, target: Path, options: list[str]) -> Tool:
+    """Our own command."""
+    command = [sys.executable, "-m", "optimizer", str(source), "-o", str(target), *options]
+    return Tool(name, command, target, alone=False)
 
 
-#: A small process in between: what a process is forked from counts towards its peak.
-_TIMER = """
-import os, subprocess, sys, time
-start = time.perf_counter()
-process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-_, status, usage = os.wait4(process.pid, 0)
-print(time.perf_counter() - start, usage.ru_maxrss, os.waitstatus_to_exitcode(status))
-"""
+def tools(model: str, form: str, source: Path, folder: Path) -> tuple[list[Tool], list[str]]:
+    """What takes turns on one file, and the names of the peers that are not installed."""
+    limit = MAX_MEMORY.get(model)
+    verified = f"{VERIFIED}, --max-memory {limit}" if limit else VERIFIED
+    options = ["--max-memory", limit] if limit else []
+    own = [
+        ours(OURS, source, folder / "off" / "out.onnx", ["--verify", "off"]),
+        ours(verified, source, folder / "verified" / "out.onnx", options),
+    ]
+    if form != "external":
+        return own, []
+    chosen = cost_models.MODELS[model]
+    found = []
+    for number, peer in enumerate(PEERS):
+        target = folder / f"peer{number}" / "out.onnx"
+        if peer.version() is not None:
+            command = peer.command(source, target, chosen)
+            found.append(Tool(f"{peer.name} {peer.version()}", command, target))
+    return [*own, *found], [peer.name for peer in PEERS if peer.version() is None]
 
 
-def measure(command: list[str]) -> tuple[float, int]:
-    """Wall seconds and peak bytes of one process."""
-    timer = [sys.executable, "-c", _TIMER, *command]
-    seconds, kilobytes, code = subprocess.check_output(timer, text=True).split()
-    if int(code):
-        sys.exit(f"failed with {code}: {' '.join(command)}")
-    return float(seconds), int(kilobytes) * 1024
-
-
-def row(path: Path, verify: str, rounds: int, folder: Path) -> dict[str, Any]:
-    """One configuration, ``rounds`` times."""
-    output = folder / "out.onnx"
-    command = [sys.executable, "-m", "optimizer", str(path), "-o", str(output), "--force"]
-    runs = [measure([*command, "--verify", verify]) for _ in range(rounds)]
-    seconds, peaks = [r[0] for r in runs], [r[1] for r in runs]
-    result = load_model(output)
-    # The form of the target has Attention too; one per layer, or it was not recognised.
-    attentions = sum(node.op_type == "Attention" for node in result.graph)
+def row(tool: Tool) -> dict[str, Any]:
+    """What a tool needed and made."""
+    seconds = [run.seconds for run in tool.runs]
     return {
-        "model": path.name,
-        "bytes": sum(f.stat().st_size for f in path.parent.glob(f"{path.name}*")),
-        "verify": verify,
+        "tool": tool.name,
         "seconds_median": round(statistics.median(seconds), 2),
         "seconds": [round(s, 2) for s in seconds],
-        "peak_bytes": max(peaks),
-        "nodes": [len(load_model(path).graph), len(result.graph)],
-        "attentions": attentions,
+        "cpu_seconds": [round(run.cpu, 2) for run in tool.runs],
+        "peak_bytes": max(run.peak for run in tool.runs),
+        **tool.result,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows for people."""
+    lines = []
+    for item in rows:
+        if "seconds" not in item:
+            lines.append(f"  {item['tool']:40s} {item['verdict']}")
+            continue
+        time, peak = item["seconds_median"], item["peak_bytes"] / 1e9
+        made = [f"{item.get(key, '-'):>5}" for key in ("nodes", "attentions")]
+        size = f"{item['bytes'] / 1e6:6.0f} MB" if "bytes" in item else "        -"
+        lines.append(
+            f"  {item['tool']:40s} {time:7.2f} s {peak:6.2f} GB {' '.join(made)} {size}"
+            f"  {item['verdict']}"
+        )
+    return "\n".join(lines)
+
+
+def compare(model: str, form: str, source: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """All tools on one file, in turns."""
+    busy = os.getloadavg()[1]  # what other programs take from the times
+    facts, expected, problem = inspect(source)
+    if problem:
+        sys.exit(f"{source}: {problem}")
+    with tempfile.TemporaryDirectory(dir=arguments.work, prefix="run-") as folder:
+        chosen, missing = tools(model, form, source, Path(folder))
+        for number in range(arguments.rounds):
+            for tool in chosen:
+                run_once(tool, arguments.memory * 10**9, expected)
+                last = tool.runs[-1]
+                said = f"{last.seconds:.2f} s, {last.peak / 1e9:.2f} GB {last.problem}"
+                print(f"round {number + 1} {tool.name}: {said}", file=sys.stderr, flush=True)
+    rows = [row(tool) for tool in chosen]
+    rows += [{"tool": name, "verdict": "not installed"} for name in missing]
+    return {
+        "model": f"{model}, weights {'beside the file' if form == 'external' else 'inside'}",
+        "bytes": sum(item.stat().st_size for item in source.parent.iterdir()),
+        "nodes": facts["nodes"],
+        "layers": cost_models.MODELS[model].layers,
+        "rounds": arguments.rounds,
+        "load_average_before": round(busy, 1),
+        "rows": rows,
     }
 
 
 def main() -> None:
-    """Run all configurations and print a table."""
-    parser = argparse.ArgumentParser(description="Time and memory of the clean-up of BERT-base.")
-    parser.add_argument("--rounds", type=int, default=5)
+    """Run all configurations, print their tables, and put them in place of older ones."""
+    parser = argparse.ArgumentParser(description="Time and memory of clean-ups side by side.")
+    parser.add_argument("--models", default=",".join(cost_models.MODELS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory", type=int, default=16, metavar="GB")
     parser.add_argument("--work", type=Path, help="keep the exports here")
     parser.add_argument("--out", type=Path, default=HOME / "results" / "cost.json")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.work or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = []
-        for form, path in export(folder).items():
-            for verify in ("off", "each"):
-                rows.append(row(path, verify, arguments.rounds, folder))
-                print(
-                    f"{form:9s} --verify {verify:5s} {rows[-1]['seconds_median']:6.2f} s"
-                    f"  {rows[-1]['peak_bytes'] / 1e6:6.0f} MB"
-                    f"  {rows[-1]['nodes'][0]} -> {rows[-1]['nodes'][1]} nodes"
-                    f"  {rows[-1]['attentions']} of {LAYERS} attentions"
-                )
-        write_result(arguments.out, {"rows": rows}, machine=describe_machine())
-        print(f"wrote {arguments.out}")
+    for package in ("optimizer", "passes"):  # as pip does with all that it installs
+        compileall.compile_dir(HOME.parent / package, quiet=1)
+    found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    results = found.get("models", [])
+    with tempfile.TemporaryDirectory(prefix="cost-") as temporary:
+        arguments.work = (arguments.work or Path(temporary)).resolve()
+        arguments.work.mkdir(parents=True, exist_ok=True)
+        for model in arguments.models.split(","):
+            for form, source in cost_models.ensure(model, arguments.work).items():
+                result = compare(model, form, source, arguments)
+                result["machine"] = describe_machine()
+                print(f"{result['model']}: {result['bytes'] / 1e6:.0f} MB, {result['nodes']} nodes")
+                print(table(result["rows"]), flush=True)
+                results = [old for old in results if old["model"] != result["model"]] + [result]
+                write_result(arguments.out, {"models": results}, memory_limit_gb=arguments.memory)
+    print(f"wrote {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ from typing import Any, overload
 import numpy as np
 import onnx_ir as ir
 
+from optimizer.arrays import contiguous_copy
+from optimizer.data_files import note_source
+
 # Names in use per graph. Only ever grows: a name once taken is not given out again, so a node
 # that was removed and one that replaced it can both be talked about.
 _NAMES: weakref.WeakKeyDictionary[ir.Graph, set[str]] = weakref.WeakKeyDictionary()
@@ -87,11 +90,13 @@ def derived(
         raise ValueError(msg)
 
     def read() -> np.ndarray:
-        result = np.array(fn(tensor.numpy()), order="C", copy=True)
+        result = contiguous_copy(fn(tensor.numpy()))
         release(tensor)
         return result
 
-    return lazy(value.name, dtype or tensor.dtype, shape, read)
+    made = lazy(value.name, dtype or tensor.dtype, shape, read)
+    note_source(made, tensor)
+    return made
 
 
 def release(tensor: ir.TensorProtocol) -> None:

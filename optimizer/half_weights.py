@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optimizer import graph as graphs
+from optimizer.data_files import note_source
 
 
 class Widened(ir.LazyTensor):
@@ -23,6 +24,7 @@ class Widened(ir.LazyTensor):
         """Wrap ``tensor``, the float32 form of ``stored``."""
         super().__init__(tensor.raw, dtype=tensor.dtype, shape=tensor.shape, name=tensor.name)
         self.stored = stored
+        note_source(self, stored)
 
 
 def widened(value: ir.Value) -> Widened:

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from optimizer import frontends
 from optimizer.benchmark import BenchmarkResult, Setup, benchmark
 from optimizer.calibration import Calibration, input_specs
+from optimizer.data_files import count_files
 from optimizer.errors import BudgetError, OptionError
 from optimizer.export.onnx_file import manifest_path, write_result, write_text
 from optimizer.feeds import Sizes
@@ -104,15 +105,16 @@ class Job:
         """Load, rewrite, judge, write."""
         with contextlib.ExitStack() as stack:
             source, path = self.open(stack)
-            protected = () if path is None else (path.resolve(), *external_files(source))
+            inputs = () if path is None else (path.resolve(), *external_files(source))
             output = self._output(path)
-            hashes = BackgroundHashes(protected if output is not None else ())
+            hashes = BackgroundHashes(inputs if output is not None else ())
             if output is not None:
                 check_output(
                     output,
                     force=self.request.force,
-                    protected=protected,
+                    protected=inputs or external_files(source),
                     beside=(manifest_path(output),),
+                    data_files=count_files(hashes.paths[1:]),
                 )
             data = self.load_data(source)
             run = Run(
@@ -370,6 +372,7 @@ class Job:
             external_data=self._external_data(hashes.paths),
             force=self.request.force,
             protected=hashes.paths,
+            sources=hashes.paths[1:],
             progress=self.listener.progress,
         )
         if self.request.save_recipe is not None:

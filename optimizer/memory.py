@@ -41,11 +41,20 @@ class Peak:
         self.bytes = high_water()
 
 
+def resident() -> int:
+    """Resident memory now, in bytes; where the system does not say, the largest so far."""
+    return _status("VmRSS:")
+
+
 def high_water() -> int:
     """Largest resident memory since the last reset, in bytes."""
+    return _status("VmHWM:")
+
+
+def _status(key: str) -> int:
     with contextlib.suppress(OSError, StopIteration):
         lines = _STATUS.read_text("ascii", "replace").splitlines()
-        line = next(text for text in lines if text.startswith("VmHWM:"))
+        line = next(text for text in lines if text.startswith(key))
         return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -6,12 +6,9 @@ Weights stay memory-mapped, those inside the ``.onnx`` file too. Everything wron
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import itertools
 import mmap
 import stat
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from google.protobuf.message import DecodeError
 
 from optimizer import model_input, notes, onnx_wire, sparse_input
 from optimizer.errors import ModelError, OptimizerError, OptionError
+from optimizer.hashing import BackgroundHashes, hash_file
 from optimizer.model_functions import check_functions
 from optimizer.model_tensors import (
     LFS_HEAD,
@@ -46,42 +44,6 @@ _DAMAGE = (
     *(TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, RuntimeError),
     AssertionError,
 )
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, as hex digits."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class BackgroundHashes:
-    """SHA-256 of files, computed by a thread while the caller does something else."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._digests: dict[Path, str] = {}
-        self._paths = tuple(dict.fromkeys(paths))
-        # A daemon, so that an interrupted program does not wait for it.
-        self._thread = threading.Thread(target=self._compute, daemon=True)
-        self._thread.start()
-
-    def _compute(self) -> None:
-        for path in self._paths:
-            with contextlib.suppress(OSError):  # reported by ``items``, which tries again
-                self._digests[path] = hash_file(path)
-
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        """The files, in order."""
-        return self._paths
-
-    def items(self) -> list[tuple[Path, str]]:
-        """(file, digest) of each file, in order; waits for the thread.
-
-        Raises:
-            OSError: A file cannot be read any more.
-        """
-        self._thread.join()
-        return [(path, self._digests.get(path) or hash_file(path)) for path in self._paths]
 
 
 def load_model(

@@ -6,7 +6,8 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeAlias
 
@@ -14,7 +15,9 @@ import onnx
 import onnx_ir as ir
 
 from optimizer import onnx_wire
+from optimizer.data_files import distribute
 from optimizer.errors import ExportError, OptionError
+from optimizer.hashing import GrowingHash
 from optimizer.model_tensors import held_tensors, in_memory
 from optimizer.onnx_wire import Progress
 
@@ -26,6 +29,7 @@ EXTERNAL_FROM = 1_500_000_000
 _PROTOBUF_LIMIT = 2**31 - 1
 # Offsets of external tensors: whole pages for what is worth mapping on its own, a cache line else.
 _PAGE, _LINE, _PAGED_FROM = 4096, 64, 1 << 20
+_Streamed: TypeAlias = tuple[ir.Value, ir.TensorProtocol]
 
 
 def size_text(count: float) -> str:
@@ -37,13 +41,33 @@ def size_text(count: float) -> str:
     return f"{count:.2f} GB"
 
 
-def data_path(path: Path) -> Path:
+def data_paths(path: Path, count: int = 1) -> tuple[Path, ...]:
     """Where the external data of a model written to ``path`` goes."""
-    return path.with_name(path.name + ".data")
+    if count == 1:
+        return (path.with_name(f"{path.name}.data"),)
+    return tuple(path.with_name(f"{path.name}.{n}.data") for n in range(1, count + 1))
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A further file, which tells about those of the model and appears together with them.
+
+    Attributes:
+        path: Of the file.
+        content: Makes its bytes from (file name, SHA-256) of the files of the model.
+    """
+
+    path: Path
+    content: Callable[[Sequence[tuple[str, str]]], bytes]
 
 
 def check_output(
-    path: Path, *, force: bool, protected: Sequence[Path] = (), beside: Sequence[Path] = ()
+    path: Path,
+    *,
+    force: bool,
+    protected: Sequence[Path] = (),
+    beside: Sequence[Path] = (),
+    data_files: int = 1,
 ) -> None:
     """Refuse an output that would destroy something, before any work is done.
 
@@ -52,6 +76,7 @@ def check_output(
         force: Existing files may be replaced, protected ones never.
         protected: The input model and its external data.
         beside: Other files that will be written.
+        data_files: Number of files that external data may need.
 
     Raises:
         OptionError: The folder is missing, the path is an input, or exists without ``force``.
@@ -65,7 +90,7 @@ def check_output(
         msg = f"output {path}: folder '{path.parent}' does not exist; create it first"
         raise OptionError(msg)
     inputs = {item.resolve() for item in protected}
-    for item in (path, data_path(path), *beside):
+    for item in (path, *data_paths(path, data_files), *beside):
         if item.resolve() in inputs:
             msg = (
                 f"output {item} is the input itself, which is never overwritten; choose another -o"
@@ -84,20 +109,25 @@ def save_model(
     *,
     force: bool = False,
     protected: Sequence[Path] = (),
+    sources: Sequence[Path] = (),
+    companion: Companion | None = None,
     progress: Progress | None = None,
 ) -> tuple[Path, ...]:
-    """Write a model under a temporary name, then rename it.
+    """Write a model under temporary names, then rename all files.
 
     Args:
         model: Unchanged.
-        path: Of the ``.onnx`` file; external data goes to ``path`` + ``.data``.
+        path: Of the ``.onnx`` file; external data goes to ``data_paths``.
         external_data: ``auto`` writes it from 1.5 GB on.
         force: Replace existing files.
         protected: Files that are never replaced.
+        sources: Data files of the input, resolved; several of them are kept apart, see
+            ``data_files``.
+        companion: A file to write with them.
         progress: Called with (bytes written, bytes in all).
 
     Returns:
-        The files written, the model first.
+        The files written: the model, its data, the companion.
 
     Raises:
         OptionError: See ``check_output``; or ``never`` with a model too large for one file.
@@ -113,17 +143,52 @@ def save_model(
         )
         raise OptionError(msg)
     outside = external_data == "always" or (external_data == "auto" and total >= EXTERNAL_FROM)
-    targets: tuple[Path, ...] = (path, data_path(path)) if outside else (path,)
+    groups = distribute([tensor for _, tensor in streamed], sources) if outside else []
+    own = (path, *(data_paths(path, len(groups)) if groups else ()))
+    targets = own if companion is None else (*own, companion.path)
     check_output(path, force=force, protected=protected, beside=targets[1:])
-    with complete_or_nothing(targets, total) as files:
+    with complete_or_nothing(targets, total) as files, contextlib.ExitStack() as stack:
+        hashed = files[: len(own)] if companion is not None else ()
+        hashes = {file: stack.enter_context(GrowingHash(file)) for file in hashed}
         if outside:
-            _write_external(model, streamed, files[0], files[1], targets[1].name, progress)
+            parts = [
+                _DataFile(file, target.name, [streamed[index] for index in group])
+                for file, target, group in zip(files[1:], own[1:], groups, strict=False)
+            ]
+            _write_external(model, files[0], parts, progress, hashes)
         else:
-            _write_inline(model, streamed, files[0], progress)
+            _write_inline(model, streamed, files[0], _followed(progress, hashes.get(files[0])))
+        if companion is not None:
+            names = [target.name for target in own]
+            digests = [digest.digest() for digest in hashes.values()]
+            files[-1].write(companion.content(list(zip(names, digests, strict=True))))
     return targets
 
 
-def _streamed(model: ir.Model) -> list[tuple[ir.Value, ir.TensorProtocol]]:
+@dataclass(frozen=True)
+class _DataFile:
+    """One file of external data, and what goes into it."""
+
+    file: BinaryIO
+    name: str
+    streamed: Sequence[_Streamed]
+
+
+def _followed(progress: Progress | None, digest: GrowingHash | None) -> Progress | None:
+    """``progress`` that tells the hash of the file as well."""
+    if digest is None:
+        return progress
+    follower = digest
+
+    def report(done: int, total: int) -> None:
+        follower.grown()
+        if progress is not None:
+            progress(done, total)
+
+    return report
+
+
+def _streamed(model: ir.Model) -> list[_Streamed]:
     """Initializers of the main graph that are written without protobuf, in order."""
     return [
         (value, value.const_value)
@@ -134,9 +199,7 @@ def _streamed(model: ir.Model) -> list[tuple[ir.Value, ir.TensorProtocol]]:
     ]
 
 
-def _placed(
-    streamed: Sequence[tuple[ir.Value, ir.TensorProtocol]], location: str
-) -> list[ir.ExternalTensor]:
+def _placed(streamed: Sequence[_Streamed], location: str) -> list[ir.ExternalTensor]:
     """The same tensors as references into a data file."""
     places = []
     end = 0
@@ -159,7 +222,7 @@ def _placed(
 
 def _serialized(
     model: ir.Model,
-    streamed: Sequence[tuple[ir.Value, ir.TensorProtocol]],
+    streamed: Sequence[_Streamed],
     places: Sequence[ir.ExternalTensor],
 ) -> onnx.ModelProto:
     """The model as protobuf, with references in place of the streamed tensors."""
@@ -195,28 +258,31 @@ def _small_in_memory(model: ir.Model, streamed: Container[ir.Value]) -> Iterator
 
 def _write_external(
     model: ir.Model,
-    streamed: Sequence[tuple[ir.Value, ir.TensorProtocol]],
     file: BinaryIO,
-    data: BinaryIO,
-    location: str,
+    parts: Sequence[_DataFile],
     progress: Progress | None,
+    hashes: Mapping[BinaryIO, GrowingHash],
 ) -> None:
-    places = _placed(streamed, location)
+    placed = [_placed(part.streamed, part.name) for part in parts]
+    streamed = [item for part in parts for item in part.streamed]
+    places = [place for each in placed for place in each]
     file.write(_serialized(model, streamed, places).SerializeToString(deterministic=True))
     total = sum(place.nbytes for place in places)
     written = 0
-    for (_, tensor), place in zip(streamed, places, strict=True):
-        gap = (place.offset or 0) - data.tell()
-        data.write(b"\0" * gap)
-        onnx_wire.write_tensor(tensor, data)
-        written += tensor.nbytes
-        if progress is not None:
-            progress(written, total)
+    for part, own in zip(parts, placed, strict=True):
+        report = _followed(progress, hashes.get(part.file))
+        for (_, tensor), place in zip(part.streamed, own, strict=True):
+            gap = (place.offset or 0) - part.file.tell()
+            part.file.write(b"\0" * gap)
+            onnx_wire.write_tensor(tensor, part.file)
+            written += tensor.nbytes
+            if report is not None:
+                report(written, total)
 
 
 def _write_inline(
     model: ir.Model,
-    streamed: Sequence[tuple[ir.Value, ir.TensorProtocol]],
+    streamed: Sequence[_Streamed],
     file: BinaryIO,
     progress: Progress | None,
 ) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from optimizer import attention_masks
+from optimizer import attention_masks, footprint
 from optimizer.calibration import input_specs, primary_output
 from optimizer.deviation import OutputError, Outputs, collect, is_floating, wide
 from optimizer.errors import CalibrationError, ModelError, UnsupportedError, VerificationError
@@ -97,8 +97,7 @@ def verify(
         samples: Data to take the feeds from; None = they are made up.
         custom_ops: Libraries of custom operators.
         threads: Threads of ONNX Runtime.
-        max_memory: Bytes. A model that needs more is run block by block, if the two models share
-            values to cut at.
+        max_memory: Bytes of resident memory for the proof of an exact pass; see ``footprint``.
         seed: Of what is made up.
 
     Raises:
@@ -126,21 +125,23 @@ class _Comparison:
     custom_ops: Sequence[str | Path]
     threads: int
     _widened: dict[ir.Model, ir.Model] = field(default_factory=dict)
+    _plan: footprint.Plan = field(default_factory=footprint.Plan)
 
     def run(
         self, probes: Sequence[Probe], exactness: Exactness, max_memory: int | None
     ) -> Verification:
         counts = {"probes": len(probes), "tokens": sum(p.tokens for p in probes)}
+        if exactness is not Exactness.APPROXIMATE:
+            self._plan = footprint.plan(self.before, self.after, max_memory)
         if exactness is Exactness.APPROXIMATE:
             return Verification("measured", self._drift(probes), "on probes", **counts)
         if exactness is Exactness.BITWISE:
             return self._bitwise(probes, counts)
-        cuts, remark = self._cuts(max_memory)
-        errors, method = self._against_float64(probes, cuts)
+        errors, method = self._against_float64(probes)
         doubt = self._doubt(errors)
         if doubt is not None:
             errors, method = self._against_float32(probes, doubt)
-        return self._judge(errors, method + remark, counts)
+        return self._judge(errors, method, counts)
 
     def _doubt(self, errors: Mapping[str, OutputError]) -> str | None:
         """Why the float64 reference is not to be trusted, or None.
@@ -176,18 +177,17 @@ class _Comparison:
             custom_ops=self.custom_ops,
         )
 
+    def _runner(self, model: ir.Model, *, optimize: bool = True) -> Runner:
+        """What runs a whole model within the limit of memory."""
+        if self._plan.by_operator:
+            return ReferenceRunner(model)
+        return self._ort(model, optimize=optimize)
+
     def _wide(self, model: ir.Model) -> ir.Model:
         """``model`` as ONNX Runtime runs it in parts: float32, rounded where it is half."""
         if model not in self._widened:
             self._widened[model] = attention_masks.runnable(rounded(model).model)
         return self._widened[model]
-
-    def _cuts(self, max_memory: int | None) -> tuple[list[str], str]:
-        """Names of values to cut both models at (none = run them whole), and what to say."""
-        if max_memory is None or max(map(_bytes_to_run, (self.before, self.after))) <= max_memory:
-            return [], ""
-        cuts = shared_cuts(self.before, self.after)
-        return cuts, "" if cuts else ", whole: no block boundary is in both models"
 
     def _drift(self, probes: Sequence[Probe]) -> dict[str, float]:
         name = primary_output(self.before)
@@ -200,10 +200,12 @@ class _Comparison:
 
     def _bitwise(self, probes: Sequence[Probe], counts: dict[str, int]) -> Verification:
         # ONNX Runtime's own optimizations may treat two equal graphs differently.
-        old = self._ort(self.before, optimize=False)
-        new = self._ort(self.after, optimize=False)
-        for probe in probes:
-            expected, found = old.run(probe.feed), new.run(_fitting(probe.feed, new))
+        old = self._runner(self.before, optimize=False)
+        wanted = [old.run(probe.feed) for probe in probes]
+        del old
+        new = self._runner(self.after, optimize=False)
+        for probe, expected in zip(probes, wanted, strict=True):
+            found = new.run(_fitting(probe.feed, new))
             for name in _common(expected, found):
                 if not np.array_equal(
                     expected[name], found[name], equal_nan=is_floating(found[name])
@@ -213,11 +215,11 @@ class _Comparison:
                         f"output '{name}' is not the same bit by bit (largest difference "
                         f"{worst:.3g}); the pass declares itself bitwise exact"
                     )
-        return Verification("equal", {"error": 0.0}, "ONNX Runtime, bit by bit", **counts)
+        by = "numpy" if self._plan.by_operator else "ONNX Runtime"
+        return Verification("equal", {"error": 0.0}, f"{by}, bit by bit", **counts)
 
-    def _against_float64(
-        self, probes: Sequence[Probe], cuts: Sequence[str]
-    ) -> tuple[dict[str, OutputError], str]:
+    def _against_float64(self, probes: Sequence[Probe]) -> tuple[dict[str, OutputError], str]:
+        cuts = self._plan.cuts
         try:
             exact = ReferenceRunner(
                 self.before, double=True, extra_outputs=_named(self.before, cuts)
@@ -254,7 +256,7 @@ class _Comparison:
                 self._segment(old_part, new_part, probes, wanted, errors)
             return errors, method
         self._both(probes, wanted, errors)
-        return errors, method
+        return errors, f"{method}, operator by operator" if self._plan.by_operator else method
 
     def _both(
         self,
@@ -269,10 +271,10 @@ class _Comparison:
             probes: What to feed.
             wanted: What to compare with.
             errors: Are enlarged.
-            reference: Runs the rewritten model instead of ONNX Runtime.
+            reference: Runs the rewritten model instead of a runtime.
         """
         for model, attribute in ((self.before, "own"), (self.after, "found")):
-            runner = reference if reference and model is self.after else self._ort(model)
+            runner = reference if reference and model is self.after else self._runner(model)
             for probe, expected in zip(probes, wanted, strict=True):
                 outputs = runner.run(_fitting(probe.feed, runner))
                 collect(errors, attribute, probe, expected, outputs)
@@ -340,21 +342,6 @@ class _Comparison:
             "own_error": worst.own / scale,
         }
         return Verification("within bound", metrics, method, **counts)
-
-
-def shared_cuts(before: ir.Model, after: ir.Model) -> list[str]:
-    """Values at which both models can be cut: the residual stream between blocks, by name."""
-    from optimizer.blocks import find_blocks
-
-    names = [str(v.name) for b in find_blocks(after).blocks for v in (b.input,)]
-    known = {str(v.name) for node in before.graph for v in node.outputs}
-    return [name for name in dict.fromkeys(names) if name in known]
-
-
-def _bytes_to_run(model: ir.Model) -> int:
-    """Memory of a session: the weights, and a second time as its kernels pack them."""
-    tensors = (v.const_value for v in model.graph.initializers.values())
-    return 2 * sum(t.nbytes for t in tensors if t is not None)
 
 
 def _named(model: ir.Model, names: Sequence[str]) -> list[ir.Value]:

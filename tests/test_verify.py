@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from quantized import quantize
 from rule_case import graph, ops
 
+from optimizer import memory
 from optimizer import verify as verify_module
 from optimizer.calibration import input_specs
 from optimizer.errors import ModelError, VerificationError
+from optimizer.footprint import shared_cuts
 from optimizer.graph import add_initializer
 from optimizer.legalize import legalize
 from optimizer.pass_base import Context, Exactness
@@ -22,7 +24,7 @@ from optimizer.proto import skeleton
 from optimizer.runners.ort import OrtRunner
 from optimizer.samples import load_samples
 from optimizer.segments import segments
-from optimizer.verify import shared_cuts, verify
+from optimizer.verify import verify
 from passes.canonicalize import Canonicalize
 
 STYLES = {
@@ -32,8 +34,21 @@ STYLES = {
     "parallel": {"style": "parallel", "gated": False, "activation": "gelu"},
     "no mask": {"mask": False},
 }
-#: Too little memory for any model: it has to be cut.
+#: Too little memory for anything: operators run one after the other.
 TINY = 1
+METHODS = {"whole": "", "parts": "block by block", "operators": "operator by operator"}
+
+
+def limit_for(way: str, model: ir.Model) -> int | None:
+    """A limit of memory at which a model is verified that way (with ``no_more_memory``)."""
+    whole = sum(v.const_value.nbytes for v in model.graph.initializers.values())
+    return {"whole": None, "parts": int(2.5 * whole) - 1, "operators": TINY}[way]
+
+
+@pytest.fixture
+def no_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process itself takes none, so that a limit is about the models."""
+    monkeypatch.setattr(memory, "resident", lambda: 0)
 
 
 def weight_of(model: ir.Model, name: str) -> ir.Value:
@@ -55,43 +70,59 @@ def permute_ffn(model: ir.Model, layer: int = 0) -> None:
             value.const_value = ir.tensor(np.take(value.const_value.numpy(), order, axis))
 
 
-@pytest.mark.parametrize("memory", [None, TINY], ids=["whole", "block by block"])
+@pytest.mark.usefixtures("no_more_memory")
+@pytest.mark.parametrize("way", METHODS)
 @pytest.mark.parametrize("style", STYLES)
 class TestReassociated:
-    def test_another_order_of_summation_is_within_the_bound(self, style, memory):
+    def test_another_order_of_summation_is_within_the_bound(self, style, way):
         model = models.build(**STYLES[style])
         before = model.clone()
         permute_ffn(model)
-        result = verify(before, model, Exactness.REASSOCIATED, max_memory=memory)
+        limit = limit_for(way, model)
+        result = verify(before, model, Exactness.REASSOCIATED, max_memory=limit)
         assert result.status == "within bound"
         assert 0 < result.metrics["error"] <= result.metrics["bound"] < 1e-5
-        assert ("block by block" in result.method) == (memory is not None)
+        assert METHODS[way] in result.method
 
     @pytest.mark.parametrize(
         "name", ["layers.0.q.weight", "layers.1.down.weight", "lm_head.weight"]
     )
-    def test_a_relative_error_of_1e_4_in_one_weight_is_caught(self, style, memory, name):
+    def test_a_relative_error_of_1e_4_in_one_weight_is_caught(self, style, way, name):
         model = models.build(**STYLES[style])
         before = model.clone()
         scale(model, name, 1 + 1e-4)
+        limit = limit_for(way, model)
         with pytest.raises(VerificationError, match=r"is off by .* is allowed"):
-            verify(before, model, Exactness.REASSOCIATED, max_memory=memory)
+            verify(before, model, Exactness.REASSOCIATED, max_memory=limit)
 
 
+@pytest.mark.parametrize("limit", [None, TINY])
 class TestBitwise:
-    def test_the_same_graph_under_other_names_is_equal(self):
+    def test_the_same_graph_under_other_names_is_equal(self, limit):
         model = models.build()
         before = model.clone()
         for node in model.graph:
             node.name = f"renamed_{node.name}"
-        assert str(verify(before, model, Exactness.BITWISE)) == "exact: bit by bit"
+        result = verify(before, model, Exactness.BITWISE, max_memory=limit)
+        assert str(result) == "exact: bit by bit"
+        assert result.method.startswith("ONNX Runtime" if limit is None else "numpy")
 
-    def test_another_order_of_summation_is_not(self):
+    def test_another_order_of_summation_is_not(self, limit):
         model = models.build()
         before = model.clone()
         permute_ffn(model)
         with pytest.raises(VerificationError, match=r"'logits' is not the same bit by bit"):
-            verify(before, model, Exactness.BITWISE)
+            verify(before, model, Exactness.BITWISE, max_memory=limit)
+
+
+def test_a_lowered_model_is_cut_where_the_canonical_one_has_blocks(no_more_memory):
+    model = models.build(layers=3)
+    Canonicalize(Canonicalize.Options()).call(model, Context(target="ort-cpu"))
+    before = model.clone()
+    legalize(model, "ort-cpu")
+    limit = limit_for("parts", model)
+    for pair in ((before, model), (model, before)):
+        assert "parts" in verify(*pair, Exactness.REASSOCIATED, max_memory=limit).method
 
 
 class TestApproximate:
@@ -207,16 +238,17 @@ class TestReasons:
         with pytest.raises(VerificationError):
             verify(before, model, Exactness.REASSOCIATED)
 
-    def test_no_shared_value_to_cut_at_means_whole(self):
+    def test_no_shared_value_to_cut_at_means_operator_by_operator(self, no_more_memory):
         model = models.build()
         before = model.clone()
         for node in before.graph:
             for value in node.outputs:
                 if value.name and value.name.startswith("stream"):
                     value.name = f"old_{value.name}"
-        result = verify(before, model, Exactness.REASSOCIATED, max_memory=TINY)
+        limit = limit_for("parts", model)
+        result = verify(before, model, Exactness.REASSOCIATED, max_memory=limit)
         assert result.status == "within bound"
-        assert "whole" in result.method
+        assert "operator by operator" in result.method
 
 
 @pytest.mark.parametrize("kv_cache", ["append", "in-place"])

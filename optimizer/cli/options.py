@@ -92,7 +92,7 @@ memory_option = click.option(
     "--max-memory",
     metavar="SIZE",
     callback=lambda _ctx, _param, text: None if text is None else parse_size(text),
-    help="Verify without exceeding this much memory, such as 8GB.",
+    help="Prove exact passes within this much memory, such as 8GB.",
 )
 threads_option = click.option(
     "--threads", type=click.IntRange(1), default=1, help="Threads of every run.  [default: 1]"

@@ -9,8 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from optimizer.model_io import hash_file, save_model
-from optimizer.model_writer import ExternalData, complete_or_nothing
+from optimizer.model_writer import Companion, ExternalData, complete_or_nothing, save_model
 from optimizer.onnx_wire import Progress
 
 
@@ -27,6 +26,7 @@ def write_result(
     external_data: ExternalData = "auto",
     force: bool = False,
     protected: Sequence[Path] = (),
+    sources: Sequence[Path] = (),
     progress: Progress | None = None,
 ) -> tuple[tuple[Path, ...], dict[str, Any]]:
     """Write model, data and manifest: all of them or none.
@@ -38,6 +38,7 @@ def write_result(
         external_data: See ``model_writer.save_model``.
         force: Replace existing files.
         protected: Files that are never replaced.
+        sources: Data files of the input.
         progress: Called with (bytes written, bytes in all).
 
     Returns:
@@ -47,18 +48,23 @@ def write_result(
         OptionError: The output exists or is an input.
         ExportError: The system refused to write.
     """
+    manifest: dict[str, Any] = {}
+
+    def content(outputs: Sequence[tuple[str, str]]) -> bytes:
+        manifest.update(describe(outputs))
+        return f"{json.dumps(manifest, indent=1, sort_keys=True)}\n".encode()
+
     files = save_model(
-        model, output, external_data, force=force, protected=protected, progress=progress
+        model,
+        output,
+        external_data,
+        force=force,
+        protected=protected,
+        sources=sources,
+        companion=Companion(manifest_path(output), content),
+        progress=progress,
     )
-    target = manifest_path(output)
-    try:
-        manifest = describe([(item.name, hash_file(item)) for item in files])
-        write_text(target, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-    except BaseException:
-        for item in files:
-            item.unlink(missing_ok=True)
-        raise
-    return (*files, target), manifest
+    return files, manifest
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from optimizer.data_files import note_source
 from optimizer.graph import add_initializer, const, constant, lazy, release
 from optimizer.structure import Linear, Norm
 
@@ -188,7 +189,9 @@ def _tensor(
         fill(out)
         return out
 
-    return lazy(name, tensor.dtype, shape, read)
+    made = lazy(name, tensor.dtype, shape, read)
+    note_source(made, tensor)
+    return made
 
 
 def _read(value: ir.Value) -> np.ndarray:

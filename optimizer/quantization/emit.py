@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optimizer import graph as graphs
+from optimizer.data_files import note_source
 from optimizer.nodes import operand
 from optimizer.quantization.scales import Scaling, Scheme
 from optimizer.quantization.sites import Site
@@ -220,7 +221,9 @@ class Writer:
         self, linear: Linear, source: _Input, weight: QuantizedWeight, bias: np.ndarray | None
     ) -> None:
         name = str(linear.weight.name)
-        codes = graphs.add_initializer(self.graph, f"{name}_int8", weight.codes)
+        numbers = ir.Tensor(weight.codes)
+        note_source(numbers, graphs.constant(linear.weight))
+        codes = graphs.add_initializer(self.graph, f"{name}_int8", numbers)
         scale = graphs.add_initializer(self.graph, f"{name}_scale", weight.scale)
         wide = graphs.insert(
             self.graph, linear.matmul, "DequantizeLinear", [codes, scale], {"axis": 1},

@@ -16,6 +16,8 @@ import onnx_ir as ir
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
+from optimizer.arrays import contiguous_copy
+from optimizer.data_files import note_source
 from optimizer.graph import (
     attribute_graphs,
     constant,
@@ -220,7 +222,9 @@ def _lazy_output(
     def read() -> np.ndarray:
         return _evaluate(frozen, tensors, opset)[index]
 
-    return lazy(node.outputs[index].name, dtype, shape, read)
+    made = lazy(node.outputs[index].name, dtype, shape, read)
+    note_source(made, tensors[0] if tensors else None)
+    return made
 
 
 def evaluate(node: ir.Node, opset: int) -> tuple[np.ndarray, ...] | None:
@@ -265,7 +269,7 @@ def _evaluate(
         arrays = tuple(evaluator.run(None, feed))
     views = any(array.base is not None for array in arrays if isinstance(array, np.ndarray))
     if views:  # of a memory map, perhaps
-        arrays = tuple(np.array(array, order="C", copy=True) for array in arrays)
+        arrays = tuple(contiguous_copy(array) for array in arrays)
     del feed
     for tensor in tensors:
         if tensor is not None:

@@ -128,6 +128,10 @@ class ReferenceRunner:
                     values[name] = np.asarray(result)
             for name in step.free:
                 values.pop(name, None)
+            del arguments, results
+            for name in step.inputs:
+                if name in self._tensors:  # its pages count as memory while they are mapped
+                    release(self._tensors[name])
         arrays = {name: self._value(name, values) for name in self._outputs}
         return {n: a.astype(self._half[n]) if n in self._half else a for n, a in arrays.items()}
 
@@ -191,9 +195,13 @@ class ReferenceRunner:
         if self._is_lookup(node):
             table = self._tensors[str(node.inputs[0].name)]  # type: ignore[union-attr]
             axis = node.attributes.get_int("axis", 0)
-            return lambda _, arguments: (
-                self._converted(np.take(table.numpy(), arguments[1], axis=axis)),
-            )
+
+            def look_up(_: dict[str, Array], arguments: list[Any]) -> Sequence[Any]:
+                rows = np.take(table.numpy(), arguments[1], axis=axis)
+                release(table)
+                return (self._converted(rows),)
+
+            return look_up
         attributes = {k: a.value for k, a in node.attributes.items() if not a.is_ref()}
         own = find_operator(
             node.domain, node.op_type, attributes, len(node.inputs), len(node.outputs)
