@@ -7,8 +7,7 @@ Rewrite: MultiHeadAttention(q, k, v, b, mask, bias, past) -> Attention(q + bq, k
 Applies when: weights are constant, masks are flags or lengths per row, caches are appended. A
          GroupQueryAttention stays what it is: it puts new keys after the last valid ones of each
          row, which no standard operator does.
-Exactness: reassociated; masked scores get the smallest number instead of -10000, and rows without
-         any allowed key may differ (see ``masks``).
+Exactness: reassociated
 Source:  ONNX Runtime's documentation of its operators (ContribOperators)
 """
 
@@ -43,6 +42,8 @@ def run(model: ir.Model) -> RuleReport:
     return sweep(model, rules, DOMAIN)
 
 
+#: What is added to scores that do not count, unless a node says otherwise.
+_FILTER = -10000.0
 #: Input that says which keys count, of each operator.
 _MASKS = {"Attention": 3, "MultiHeadAttention": 4}
 
@@ -206,7 +207,7 @@ def _attend(
     mask, added = masks
     parts = [] if added is None else [Part(added)]
     if mask is not None:
-        parts.append(Part(_kept(here, mask, sides[1], past[0]), keeps=True))
+        parts.append(Part(_filtered(here, mask, sides, past[0])))
     if node.attributes.get_int("unidirectional", 0):
         parts.append(Part(_causal(pen, sides[0], past[0]), keeps=True))
     combined = _combined(here, sides[0], parts)
@@ -244,6 +245,17 @@ def _combined(here: _Site, query: ir.Value, parts: list[Part]) -> ir.Value | Non
     if mask is None or shape is None:
         return mask
     return here.masks.fitted(mask, query, shape[1], here.node)
+
+
+def _filtered(
+    here: _Site, mask: ir.Value, sides: Sequence[ir.Value], past: ir.Value | None
+) -> ir.Value:
+    """What ONNX Runtime adds to the scores: 0, or a number that a large score could outweigh."""
+    dtype = sides[0].dtype or ir.DataType.FLOAT
+    hidden = here.node.attributes.get_float("mask_filter_value", _FILTER)
+    zero, low = (here.pen.constant("number", np.array(n, dtype.numpy())) for n in (0, hidden))
+    kept = _kept(here, mask, sides[1], past)
+    return here.pen.put("Where", (kept, zero, low), dtype=dtype)
 
 
 def _kept(here: _Site, mask: ir.Value, keys: ir.Value, past: ir.Value | None) -> ir.Value:

@@ -80,6 +80,18 @@ def fresh(name: str) -> Dim:
     return symbol(f"?{name}")
 
 
+def left_over(source: Iterable[Dim], others: Iterable[Dim]) -> Dim | None:
+    """What the product of ``source`` leaves beside that of ``others``; None if not exact."""
+    remaining = list(source)
+    divisor: Dim = 1
+    for dim in others:
+        if dim in remaining:
+            remaining.remove(dim)  # sums, which ``divide`` does not divide by, too
+        else:
+            divisor = multiply(divisor, dim)
+    return divide(product(remaining), divisor)
+
+
 def balanced(target: Sequence[Dim], source: Shape) -> Shape:
     """``target`` with its one fresh size as what the others leave of the elements of ``source``.
 
@@ -88,8 +100,7 @@ def balanced(target: Sequence[Dim], source: Shape) -> Shape:
     sizes = list(target)
     unknown = [n for n, dim in enumerate(sizes) if _is_fresh(dim)]
     if len(unknown) == 1 and sizes[unknown[0]] not in source:
-        rest = product(dim for n, dim in enumerate(sizes) if n != unknown[0])
-        size = divide(product(source), rest)
+        size = left_over(source, [dim for n, dim in enumerate(sizes) if n != unknown[0]])
         sizes[unknown[0]] = sizes[unknown[0]] if size is None else size
     return tuple(sizes)
 

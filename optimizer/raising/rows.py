@@ -57,6 +57,23 @@ def _flattened(shapes: Shapes, value: ir.Value | None) -> ir.Value | None:
     return source if isinstance(after[1], int) and before[-1] == after[1] else None
 
 
+def _heads_joined(graph: ir.Graph, shapes: Shapes, node: ir.Node) -> list[ir.Value | None] | None:
+    """The inputs of a product of [B, S, H, c] as [B*S, H*c], with its heads joined alone."""
+    reshape = node_of(node.inputs[0], "Reshape")
+    if reshape is None or not _rowwise(shapes, node):
+        return None
+    source = operand(reshape)
+    before, after = shapes.of(source), shapes.of(reshape.outputs[0])
+    if before is None or after is None or (len(before), len(after)) != (4, 2):
+        return None
+    heads, size = before[2:]
+    if not isinstance(heads, int) or not isinstance(size, int) or after[1] != heads * size:
+        return None
+    target = graphs.add_initializer(graph, "joined_heads", np.array([0, 0, after[1]], np.int64))
+    joined = graphs.insert(graph, node, "Reshape", [source, target], dtype=source.dtype)
+    return [joined, *node.inputs[1:]]
+
+
 def _move(graph: ir.Graph, shapes: Shapes, node: ir.Node) -> bool:
     output = node.outputs[0]
     result = shapes.of(output)
@@ -65,6 +82,8 @@ def _move(graph: ir.Graph, shapes: Shapes, node: ir.Node) -> bool:
     if node.op_type == "Cast" and output.is_graph_output() and not output.uses():
         return False  # the model's last step; what stores half precision writes it there again
     inputs = _inputs_before(shapes, node)
+    if inputs is None and node.op_type in _PRODUCTS:
+        inputs = _heads_joined(graph, shapes, node)
     if inputs is None:
         return False
     wide, *rest = _before(graph, node, inputs)

@@ -138,8 +138,8 @@ def _reshape(shapes: Shapes, node: ir.Node, value: ir.Value) -> Shape | None:
                 result[axis] = unknown(value, axis) if source is None else source[axis]
     if -1 in result:
         axis = result.index(-1)
-        rest = dims.product(dim for dim in result if dim != -1)
-        total = None if source is None else dims.divide(dims.product(source), rest)
+        rest = [dim for dim in result if dim != -1]
+        total = None if source is None else dims.left_over(source, rest)
         result[axis] = unknown(value, axis) if total is None else total
     return tuple(result) if source is None else dims.balanced(result, source)
 

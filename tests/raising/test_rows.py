@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from rule_case import apply, graph, ops, refuses
 
 from optimizer.raising import rows
+from optimizer.raising.shapes import Shapes
 
 WEIGHT = "1, 2, 3, 4, 5, 6, -1, 2, -3, 4, -5, 6, 1, 1, 1, 1, 1, 1, 2, 0, 2, 0, 2, 0"
 CONSTANTS = (
@@ -151,4 +152,23 @@ def test_the_models_last_cast_stays_the_last() -> None:
     """Who stores half precision writes it there again, and so on."""
     case = graph("m = Reshape(x, flat)  y = Cast<to = 10>(m)", inputs="float[B,3,4] x",
                  output="float16[N,4] y", constants=CONSTANTS)  # fmt: skip
+    refuses(case, rows.run, None)
+
+
+def test_heads_are_joined_alone_before_a_product() -> None:
+    case = graph(
+        "m = Reshape(x, flat)  p = MatMul(m, w)  y = Reshape(p, thirds)",
+        inputs="float[B,3,2,2] x", output="float[B,3,6] y", constants=CONSTANTS,
+    )  # fmt: skip
+    assert apply(case, rows.run).applied == 1
+    (product,) = [node for node in case.graph if node.op_type == "MatMul"]
+    assert len(Shapes().of(product.inputs[0])) == 3
+
+
+def test_tokens_that_are_joined_with_heads_stay() -> None:
+    case = graph(
+        "m = Reshape(x, twelve)  y = MatMul(m, tall)",
+        inputs="float[B,3,4,1] x", output="float[N,6] y",
+        constants=CONSTANTS + ", float[12,6] tall = {" + ", ".join("1" * 72) + "}",
+    )  # fmt: skip
     refuses(case, rows.run, None)

@@ -31,6 +31,12 @@ def test_what_is_no_size_any_more_is_not_followed() -> None:
             functools.reduce(lambda size, _: dims.multiply(size, size), range(40), start)
 
 
+def test_sums_are_taken_out_of_a_product_whole() -> None:
+    length = dims.add(P, S)
+    assert dims.left_over((B, length, 4, 16), (B, length)) == 64
+    assert dims.left_over((B, length, 4), (B, S)) is None
+
+
 def test_quotients_are_exact_or_unknown() -> None:
     assert dims.divide(dims.product([B, S, 64]), dims.product([B, 16])) == dims.multiply(4, S)
     assert dims.divide(dims.multiply(B, 7), 2) is None
