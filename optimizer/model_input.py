@@ -17,7 +17,7 @@ import onnx_ir as ir
 from optimizer.checks import onnx_problem
 from optimizer.errors import MissingDependencyError, ModelError, UnsupportedError
 from optimizer.graph import attribute_graphs, constant
-from optimizer.model_functions import all_nodes
+from optimizer.model_functions import all_nodes, required_inputs
 
 #: The newest opset the canonical dialect and the targets' forms are written for.
 MAX_OPSET = 24
@@ -26,6 +26,29 @@ _TYPES = frozenset(dtype.value for dtype in ir.DataType if dtype is not ir.DataT
 RUNTIME_DOMAINS = ("com.microsoft", "com.microsoft.nchwc")
 #: Operators that ONNX Runtime adds to the standard domain, at any opset.
 RUNTIME_OPERATORS = ("LayerNormalization", "SimplifiedLayerNormalization")
+#: Types of their attributes that are read here; the ONNX checker does not know these operators.
+RUNTIME_ATTRIBUTES = {
+    **dict.fromkeys(
+        (
+            "axis", "channels_last", "do_rotary", "interleaved", "is_packed_batching",
+            "kv_num_heads", "num_heads", "past_present_share_buffer", "rotary_embedding_dim",
+            "transA", "transB", "transBatchA", "transBatchB", "unidirectional",
+        ),
+        ir.AttributeType.INT,
+    ),
+    **dict.fromkeys(
+        (
+            "activation_alpha", "activation_beta", "activation_gamma", "alpha", "beta", "epsilon",
+            "mask_filter_value", "scale", "softcap",
+        ),
+        ir.AttributeType.FLOAT,
+    ),
+    **dict.fromkeys(
+        ("dilations", "kernel_shape", "pads", "qkv_hidden_sizes", "strides"),
+        ir.AttributeType.INTS,
+    ),
+    **dict.fromkeys(("activation", "auto_pad"), ir.AttributeType.STRING),
+}  # fmt: skip
 STANDARD_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "ai.onnx.preview.training", "ai.onnx.training")
 
 # Operators whose constant operands are weights: an infinite number there makes every output NaN or
@@ -138,13 +161,17 @@ def check_nodes(model: ir.Model) -> None:
 def _check_node(node: ir.Node, imports: Mapping[str, int]) -> None:
     """What the ONNX checker leaves out: required inputs, and attributes that stand for a type."""
     opset = imports.get(node.domain, 1)
-    if not onnx.defs.has(node.op_type, opset, node.domain):
-        return
-    schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
-    for index, formal in enumerate(schema.inputs):
-        required = formal.option == onnx.defs.OpSchema.FormalParameterOption.Single
-        if required and (index >= len(node.inputs) or node.inputs[index] is None):
-            msg = f"node '{node.name}' ({node.op_type}) lacks its input {index}, {formal.name}"
+    for index, name in required_inputs(node, opset):
+        if index >= len(node.inputs) or node.inputs[index] is None:
+            msg = f"node '{node.name}' ({node.op_type}) lacks its input {index}, {name}"
+            raise ModelError(msg)
+    for name, attribute in node.attributes.items() if node.domain in RUNTIME_DOMAINS else ():
+        expected = RUNTIME_ATTRIBUTES.get(name, attribute.type)
+        if attribute.type != expected:
+            msg = (
+                f"node '{node.name}' ({node.op_type}) has the attribute '{name}' as "
+                f"{attribute.type.name}, expected {expected.name}"
+            )
             raise ModelError(msg)
     if node.domain == "" and node.op_type == "Constant" and len(node.attributes) != 1:
         msg = f"node '{node.name}' (Constant) has {len(node.attributes)} values, expected one"

@@ -231,7 +231,7 @@ def test_a_disk_that_fills_up_while_the_manifest_is_written(
         return open_(path, *words, **options)
 
     monkeypatch.setattr(Path, "open", full)
-    refused(1, small, says=("manifest.json", "No space left on device"))
+    refused(1, small, says=("No space left on device", "nothing was kept"))
 
 
 def test_a_file_size_limit_of_the_system(small: Path) -> None:

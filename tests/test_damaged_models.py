@@ -145,6 +145,43 @@ def test_functions_that_unfold_without_end_are_refused(tmp_path: Path, recursive
     assert ("calls itself" if recursive else "e+12 nodes") in text
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_call_without_what_a_node_in_the_function_needs_is_refused(
+    tmp_path: Path, nested: bool
+) -> None:
+    opsets = [oh.make_opsetid("", 18), oh.make_opsetid("own", 1)]
+    inner = oh.make_function(
+        "own", "linear", ["x", "w", "b"], ["y"],
+        [oh.make_node("MatMul", ["x", "w"], ["h"]), oh.make_node("Clip", ["h", "b"], ["y"])],
+        opsets,
+    )  # fmt: skip
+    outer = oh.make_function(
+        "own", "layer", ["x", "w", "b"], ["y"],
+        [oh.make_node("linear", ["x", "w", "b"], ["y"], domain="own")], opsets,
+    )  # fmt: skip
+    for left_out, refused in (("x", True), ("b", False)):
+        words = ["" if name == left_out else name for name in ("x", "x", "b")]
+        model = model_of([
+            oh.make_node("Identity", ["x"], ["b"]),
+            oh.make_node("layer" if nested else "linear", words, ["y"], "call", domain="own"),
+        ])  # fmt: skip
+        model.functions.extend([inner, outer])
+        model.opset_import.append(oh.make_opsetid("own", 1))
+        path = written(tmp_path, model)
+        if refused:
+            assert "node 'call' lacks input 0 of function" in refusal(path)
+        else:
+            load_model(path)
+
+
+def test_an_attribute_of_the_wrong_type_of_a_runtime_operator_is_refused(tmp_path: Path) -> None:
+    node = oh.make_node("FusedMatMul", ["x", "x"], ["y"], "n", domain="com.microsoft", transB=[1])
+    model = model_of([node])
+    model.opset_import.append(oh.make_opsetid("com.microsoft", 1))
+    text = refusal(written(tmp_path, model))
+    assert "'n' (FusedMatMul) has the attribute 'transB' as INTS, expected INT" in text
+
+
 def test_a_call_with_more_than_the_function_takes_is_refused(tmp_path: Path) -> None:
     model = onnx.ModelProto.FromString(nested_functions(2, recursive=False).model)
     model.graph.node[0].input.append("x")
