@@ -49,6 +49,21 @@ RUNTIME_ATTRIBUTES = {
     ),
     **dict.fromkeys(("activation", "auto_pad"), ir.AttributeType.STRING),
 }  # fmt: skip
+#: Their inputs that must be there; of the others the first.
+RUNTIME_INPUTS = {
+    "BiasGelu": (0, 1),
+    "DynamicQuantizeMatMul": (0, 1, 2),
+    "EmbedLayerNormalization": (0, 2, 3, 5, 6),
+    "FusedConv": (0, 1),
+    "FusedGemm": (0, 1),
+    "FusedMatMul": (0, 1),
+    "GroupQueryAttention": (0, 5, 6),
+    "MatMulIntegerToFloat": (0, 1, 2, 3),
+    "RotaryEmbedding": (0, 1, 2, 3),
+    "SimplifiedLayerNormalization": (0, 1),
+    "SkipLayerNormalization": (0, 1, 2),
+    "SkipSimplifiedLayerNormalization": (0, 1, 2),
+}
 STANDARD_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "ai.onnx.preview.training", "ai.onnx.training")
 
 # Operators whose constant operands are weights: an infinite number there makes every output NaN or
@@ -161,9 +176,12 @@ def check_nodes(model: ir.Model) -> None:
 def _check_node(node: ir.Node, imports: Mapping[str, int]) -> None:
     """What the ONNX checker leaves out: required inputs, and attributes that stand for a type."""
     opset = imports.get(node.domain, 1)
-    for index, name in required_inputs(node, opset):
+    needed = [(index, f", {name}") for index, name in required_inputs(node, opset)]
+    if node.domain in RUNTIME_DOMAINS or node.op_type == "SimplifiedLayerNormalization":
+        needed = [(index, "") for index in RUNTIME_INPUTS.get(node.op_type, (0,))]
+    for index, name in needed:
         if index >= len(node.inputs) or node.inputs[index] is None:
-            msg = f"node '{node.name}' ({node.op_type}) lacks its input {index}, {name}"
+            msg = f"node '{node.name}' ({node.op_type}) lacks its input {index}{name}"
             raise ModelError(msg)
     for name, attribute in node.attributes.items() if node.domain in RUNTIME_DOMAINS else ():
         expected = RUNTIME_ATTRIBUTES.get(name, attribute.type)

@@ -182,6 +182,18 @@ def test_an_attribute_of_the_wrong_type_of_a_runtime_operator_is_refused(tmp_pat
     assert "'n' (FusedMatMul) has the attribute 'transB' as INTS, expected INT" in text
 
 
+@pytest.mark.parametrize(("op_type", "words", "lacks"), [
+    ("FusedMatMul", ["", "x"], 0), ("FusedMatMul", ["x"], 1),
+    ("SkipLayerNormalization", ["x", "x"], 2), ("RotaryEmbedding", ["x", "x", "", "x"], 2),
+])  # fmt: skip
+def test_runtime_operators_without_an_input_that_they_need_are_refused(
+    tmp_path: Path, op_type: str, words: list[str], lacks: int
+) -> None:
+    model = model_of([oh.make_node(op_type, words, ["y"], "n", domain="com.microsoft")])
+    model.opset_import.append(oh.make_opsetid("com.microsoft", 1))
+    assert f"({op_type}) lacks its input {lacks}" in refusal(written(tmp_path, model))
+
+
 def test_a_call_with_more_than_the_function_takes_is_refused(tmp_path: Path) -> None:
     model = onnx.ModelProto.FromString(nested_functions(2, recursive=False).model)
     model.graph.node[0].input.append("x")

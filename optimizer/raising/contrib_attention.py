@@ -145,9 +145,14 @@ def _attributes(node: ir.Node, size: int) -> dict[str, object]:
 def _packed(here: _Site) -> bool | Miss:
     """Projections in one matrix become three."""
     node, pen = here.node, here.pen
-    x, weights, bias = operand(node), operand(node, 1), optional(node, 2)
-    shape = dims(weights)
-    if shape is None or len(shape) != 2 or (bias is not None and dims(bias) is None):
+    x, weights, bias = operand(node), optional(node, 1), optional(node, 2)
+    shape = None if weights is None else dims(weights)
+    if (
+        weights is None
+        or shape is None
+        or len(shape) != 2
+        or (bias is not None and dims(bias) is None)
+    ):
         return here.miss("its weights are not constant")
     if node.attributes.get_int("do_rotary", 0):
         return here.miss("it turns queries and keys itself")

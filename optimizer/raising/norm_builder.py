@@ -44,6 +44,12 @@ def vector(value: ir.Value | None, size: int) -> bool:
     return tensor.size == size and (size == 1 or shape[-1:] == (size,))
 
 
+def finite(value: ir.Value | None) -> bool:
+    """Whether a scale or shift, if there is one, holds numbers; a norm with others is refused."""
+    tensor = constant(value)
+    return tensor is None or bool(np.isfinite(tensor.numpy().astype(np.float32)).all())
+
+
 def shared_by(core: Core, size: int) -> frozenset[ir.Node]:
     """The products with a scale that share the core's result: norms of one value, merged."""
     users = [] if core.output is None else [use.node for use in core.output.uses()]
@@ -80,6 +86,8 @@ class Builder:
             return Miss(site(self.root), "what follows the root is no scale and shift per channel")
         if not self.shapes.same(core.x, end):  # a constant [1, .., 1] of a higher rank
             return Miss(site(self.root), "a constant within the norm adds an axis")
+        if not finite(self.scale) or not finite(self.bias):
+            return Miss(site(self.root), "the scale or shift of the norm is not finite")
         inside = self._read_elsewhere(end)
         if inside is not None:
             return Miss(site(self.root), f"value '{inside.name}' within the norm is read elsewhere")

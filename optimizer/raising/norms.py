@@ -35,7 +35,7 @@ from optimizer.graph import (
 from optimizer.nodes import node_of, other, perm
 from optimizer.raising.base import Miss, RuleReport, site, sweep
 from optimizer.raising.dims import Dim, Shape
-from optimizer.raising.norm_builder import Builder, Core, shared_by, vector
+from optimizer.raising.norm_builder import Builder, Core, finite, shared_by, vector
 from optimizer.raising.shapes import Shapes
 
 
@@ -282,7 +282,7 @@ def _take_vector(node: ir.Node, op_type: str, size: Dim, shapes: Shapes) -> bool
     parameter = other(user, output)
     if not vector(parameter, size) or parameter.dtype != output.dtype or not parameter.shape:
         return False
-    if not shapes.same(output, user.outputs[0]):
+    if not shapes.same(output, user.outputs[0]) or not finite(parameter):
         return False
     inputs = [*node.inputs[:1], parameter] if op_type == "Mul" else [*node.inputs[:2], parameter]
     node.resize_inputs(len(inputs))

@@ -330,3 +330,9 @@ def test_existing_norms_stay_where(nodes, output, reason):
     case = graph(nodes, inputs="float[B,3,4] x", output=output.replace("S", "3"),
                  constants=f"{SHARED}, float[3,4] m = {{{twelve}}}")  # fmt: skip
     refuses(case, norms.run, reason)
+
+
+def test_a_scale_that_is_no_number_stays_outside():
+    constants = SHARED + ", float[4] damaged = {1, inf, 2, 3}"
+    case = graph(f"{SQUARE}  n = Div(x, s)  y = Mul(n, damaged)", constants=constants)
+    refuses(case, norms.run, "not finite")
