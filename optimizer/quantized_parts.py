@@ -80,6 +80,18 @@ def stored(weight: ir.Value) -> ir.Value:
     return weight if dequantize is None else operand(dequantize)
 
 
+def scaled_along(weight: ir.Value, axis: int) -> bool:
+    """Whether a matrix is dequantized with a scale for each index of ``axis``.
+
+    ONNX Runtime fuses int8 products of weights with a scale for each row, and then cannot run them.
+    """
+    node = node_of(weight, "DequantizeLinear")
+    scale = None if node is None else graphs.constant(node.inputs[1])
+    if node is None or scale is None or len(scale.shape) != 1 or scale.size == 1:
+        return False
+    return node.attributes.get_int("axis", 1) % 2 == axis
+
+
 def quantized_linear(output: ir.Value) -> Linear | None:
     """The int8 layer whose result, multiplied back and with its bias, is ``output``."""
     pending = [(output, _MAX_AFTER)]

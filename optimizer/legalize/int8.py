@@ -16,7 +16,9 @@ import numpy as np
 import onnx_ir as ir
 
 from optimizer import graph as graphs
+from optimizer.nodes import operand
 from optimizer.pass_base import Skip
+from optimizer.quantized_parts import scaled_along
 from optimizer.raising.base import allow, attempt
 
 CONTRIB = "com.microsoft"
@@ -95,6 +97,9 @@ def _unsigned(quantize: ir.Node) -> bool:
         return False
     if len(set(zeros)) > 1 or quantize.outputs[0].is_graph_output():
         return False
+    products = (use.node for node in readers for use in node.outputs[0].uses())
+    if any(n.op_type == "MatMul" and scaled_along(operand(n, 1), 0) for n in products):
+        return False  # as uint8, ONNX Runtime would fuse it
     code = np.array(OFFSET + int(zeros[0] or 0), np.uint8)
     zero = graphs.add_initializer(graph, f"zero_point_{code}", code)
     attributes = {k: v for k, v in quantize.attributes.items() if k != "output_dtype"}

@@ -27,6 +27,7 @@ from optimizer.graph import (
     replace_value,
 )
 from optimizer.nodes import node_of
+from optimizer.quantized_parts import scaled_along
 from optimizer.raising.base import Miss, RuleReport, site, sweep
 from optimizer.raising.constants import GROWTH_LIMIT
 from optimizer.raising.shapes import Shapes
@@ -136,7 +137,7 @@ def _gemm(node: ir.Node, made: _Made) -> bool | Miss:
     if alpha != 1.0 and constant(weight) is None:
         return Miss(site(node), f"Gemm scales a dequantized weight by alpha = {alpha:g}")
     transposed = node.attributes.get_int("transB", 0)
-    if _scaled_by_rows(weight, 1 if transposed else 0):
+    if scaled_along(weight, 1 if transposed else 0):
         return Miss(site(node), "ONNX Runtime refuses int8 products of weights scaled row by row")
     if transposed:
         if not _transposable(weight):
@@ -157,15 +158,6 @@ def _gemm(node: ir.Node, made: _Made) -> bool | Miss:
         y = insert(graph, node, "Add", (y, bias), name=output.name, dtype=output.dtype, shape=shape)
     replace_value(output, y, keep_name=True)
     return True
-
-
-def _scaled_by_rows(weight: ir.Value, axis: int) -> bool:
-    """Whether a weight is dequantized with a scale for each index of ``axis``, that of the sums."""
-    node = node_of(weight, "DequantizeLinear")
-    scale = None if node is None else constant(node.inputs[1])
-    if node is None or scale is None or len(scale.shape) != 1 or scale.size == 1:
-        return False
-    return node.attributes.get_int("axis", 1) % 2 == axis
 
 
 def _transposable(weight: ir.Value) -> bool:

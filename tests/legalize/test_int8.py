@@ -211,3 +211,18 @@ def test_lowering_twice_changes_nothing():
     model, _ = _quantized("llama")
     legalize(model, "ort-cpu")
     assert not legalize(model, "ort-cpu").modified
+
+
+def test_a_product_that_onnx_runtime_cannot_run_as_uint8_keeps_its_int8_codes() -> None:
+    """The weight has a scale for each row; another reader of the codes keeps them from fusing."""
+    model = rule_case.graph(
+        "q = QuantizeLinear(x, s, z)  d = DequantizeLinear(q, s, z)  "
+        "w = DequantizeLinear<axis = 0>(c, r)  m = MatMul(d, w)  l = Less(d, s)  "
+        "k = Cast<to = 1>(l)  y = Add(m, k)",
+        constants="float s = {0.1}, int8 z = {0}, float[4] r = {0.1, 0.2, 0.3, 0.4}, "
+        "int8[4,1] c = {3, -5, 7, 9}",
+    )
+    feed = {"x": np.linspace(-3, 3, 24, dtype=np.float32).reshape(2, 3, 4)}
+    expected = ReferenceRunner(model, double=True).run(feed)["y"]
+    legalize(model, "ort-cpu")
+    np.testing.assert_allclose(OrtRunner(model).run(feed)["y"], expected, atol=1e-5)
