@@ -1,17 +1,20 @@
-"""Prints the results of ``cost.py`` as the tables of the README.
+"""Prints the results of ``cost.py``, or puts them into the README.
 
-python benchmarks/cost_table.py [benchmarks/results/cost.json]
+python benchmarks/cost_table.py [--results benchmarks/results/cost.json] [--readme README.md]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 HOME = Path(__file__).resolve().parent
+BEGIN, END = "<!-- costs: benchmarks/cost_table.py --readme README.md -->", "<!-- end of costs -->"
 
 
 def cells(row: dict[str, Any]) -> str:
@@ -44,10 +47,65 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def summary(models: Sequence[Mapping[str, Any]]) -> str:
+    """All models with their weights beside the file in one table, those within in one line."""
+    beside = [m for m in models if "beside" in m["model"]]
+    names: dict[str, None] = {}
+    for model in beside:
+        names |= dict.fromkeys(map(_name, model["rows"]))
+    heads = [f"{m['bytes'] / 1e6:.0f} MB, {m['nodes']} nodes, {m['layers']} layers" for m in beside]
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    for name in names:
+        rows = [next((r for r in m["rows"] if _name(r) == name), None) for m in beside]
+        texts = ["" if row is None else _figures(row) for row in rows]
+        lines.append(f"| {name} | " + " | ".join(texts) + " |")
+    for model in models:
+        if model not in beside:
+            figures = "; ".join(f"{_name(row)} {_figures(row)}" for row in model["rows"])
+            lines += ["", f"With weights inside of the file ({heads[0]}): {figures}."]
+    loads = ", ".join(str(m["load_average_before"]) for m in models)
+    rounds = ", ".join(str(m["rounds"]) for m in models)
+    return "\n".join([*lines, "", f"Rounds: {rounds}; load average before: {loads}."])
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    tool = str(row["tool"])
+    if not tool.startswith("optimize"):
+        return tool
+    return "**ours, verified**" if "verified" in tool else "**ours, `--verify off`**"
+
+
+def _figures(row: Mapping[str, Any]) -> str:
+    if "seconds" not in row:
+        return short(row["verdict"])
+    limit = re.search(r"--max-memory \w+", row["tool"])
+    text = f"{row['seconds_median']:.1f} s, {row['peak_bytes'] / 1e9:.2f} GB"
+    text += f" (`{limit[0]}`)" if limit else ""
+    if row["verdict"] != "valid":
+        return f"{text}: **{short(row['verdict'])}**"
+    return f"{text}, {row['nodes']} nodes, {row['attentions']} attentions"
+
+
+def into_readme(text: str, readme: Path) -> None:
+    """Put ``text`` between the marks."""
+    before, mark, rest = readme.read_text("utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not mark or not end:
+        sys.exit(f"{readme} lacks the lines '{BEGIN}' and '{END}', between which the table goes.")
+    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", "utf-8")
+
+
 def main() -> None:
-    """Print all tables."""
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else HOME / "results" / "cost.json"
-    print("\n\n".join(table(result) for result in json.loads(path.read_text())["models"]))
+    """Print all tables, or write the summary."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--results", type=Path, default=HOME / "results" / "cost.json")
+    parser.add_argument("--readme", type=Path)
+    options = parser.parse_args()
+    models = json.loads(options.results.read_text("utf-8"))["models"]
+    if options.readme:
+        into_readme(summary(models), options.readme)
+    else:
+        print("\n\n".join(table(model) for model in models))
 
 
 if __name__ == "__main__":

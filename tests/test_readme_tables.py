@@ -1,4 +1,4 @@
-"""The table of what is supported says what was judged."""
+"""The tables of the README say what was judged and measured."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import families
 import pytest
 from exporters import WAYS
 
-from benchmarks import zoo
+from benchmarks import cost_table, zoo
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -77,3 +77,8 @@ def test_the_readme_shows_the_recorded_results() -> None:
     text = (ROOT / "README.md").read_text("utf-8")
     assert zoo.table(recorded) in text
     assert {row["family"] for row in recorded} == set(families.FAMILIES)
+
+
+def test_the_readme_shows_the_recorded_costs() -> None:
+    recorded = json.loads((ROOT / "benchmarks/results/cost.json").read_text("utf-8"))["models"]
+    assert cost_table.summary(recorded) in (ROOT / "README.md").read_text("utf-8")
