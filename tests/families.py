@@ -220,9 +220,10 @@ _ENTRIES = (
     _vision("vit", "ViT", "ForImageClassification", Blocks(127), num_labels=5),
     _vision("deit", "DeiT", "Model", Blocks(115)),
     _vision("dinov2", "Dinov2", "Model", Blocks(256, extras=_LAYER_SCALE), mlp_ratio=4),
+    # Several windows in both stages; a single one is attention over all tokens, and so a block.
     Entry(
         "swin", "vision", "SwinConfig", "SwinModel", Blocks(0, layers=4, refused="window"),
-        {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [2, 2],
+        {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2],
          "num_heads": [2, 4], "window_size": 4},
     ),
 )  # fmt: skip
