@@ -80,7 +80,7 @@ def rounded(model: ir.Model) -> Rounded:
     """The rounded form; the same model where there is nothing to do.
 
     There is nothing to do without half precision, and nothing can be done where the body of an If
-    or a Loop has it.
+    or a Loop has it, or a sequence of tensors.
     """
     types = half_types(model)
     if not types:
@@ -96,8 +96,8 @@ def store(model: ir.Model, types: Collection[ir.DataType]) -> int:
     """Bring ``model`` into the stored form, in place.
 
     Returns:
-        How many nodes compute in float32 now; 0 also where a body of an If or a Loop keeps the
-        model as it is.
+        How many nodes compute in float32 now; 0 also where a body of an If or a Loop, or a sequence
+        of tensors, keeps the model as it is.
     """
     return _Widener(model, types, rounding=False).run()
 
@@ -161,6 +161,9 @@ class _Widener:
         value_info.fill(self._model)
         inner = (node for sub in self._graph.subgraphs() for node in sub)
         if any(self._is_half(v) for node in inner for v in (*node.inputs, *node.outputs)):
+            return 0
+        whole = (*self._graph.inputs, *(v for node in self._graph for v in node.outputs))
+        if any(self._is_half(v) and not isinstance(v.type, ir.TensorType) for v in whole):
             return 0
         self.types = {
             str(value.name): value.dtype

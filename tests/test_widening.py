@@ -152,3 +152,14 @@ def test_types_named_by_attributes_follow():
     )  # fmt: skip
     found = OrtRunner(model).run({"x": np.array([1, 2], np.float16)})["y"]
     assert found.tolist() == [2, 3]
+
+
+def test_half_precision_in_a_sequence_keeps_the_model_as_it_is():
+    model = graph(
+        "q = SplitToSequence<axis = 1, keepdims = 0>(x)  y = SequenceAt(q, first)",
+        inputs="float16[B,3,4] x", output="float16[B,4] y", constants="int64 first = {0}",
+    )  # fmt: skip
+    assert widening.rounded(model).model is model
+    assert widening.store(model, {ir.DataType.FLOAT16}) == 0
+    array = np.arange(24, dtype=np.float16).reshape(2, 3, 4)
+    np.testing.assert_array_equal(OrtRunner(model).run({"x": array})["y"], array[:, 0])
