@@ -334,7 +334,7 @@ def check_numbers(model: ir.Model) -> None:
     """
     for value in (*_initializers(model), *_constants(model)):
         tensor = value.const_value if value.is_initializer() else constant(value)
-        if tensor is None or not tensor.dtype.is_floating_point() or tensor.dtype.bitwidth < 16:
+        if tensor is None or not tensor.dtype.is_floating_point() or tensor.dtype.bitwidth < 8:
             continue
         nan, infinite = _count_non_finite(tensor.numpy())
         if isinstance(tensor, ir.ExternalTensor):

@@ -28,6 +28,7 @@ from optimizer.graph import (
     unique_name,
 )
 from optimizer.raising.base import RuleReport, allow, attempt, opset_of
+from optimizer.raising.shape_rules import slice_bounds
 from optimizer.raising.shapes import Shapes
 
 #: Bytes that all folded results together may add.
@@ -38,6 +39,8 @@ GROWTH_LIMIT = 1 << 16
 #: Results up to this size are computed at once, larger ones each time they are read.
 EAGER_LIMIT = 1 << 16
 
+#: Only whether there are bounds is asked.
+_ANY_RANK = 64
 #: A dequantized weight is the point of a quantized model.
 _KEEP = frozenset({"Constant", "DequantizeLinear", "Dropout"})
 #: Operators that give not much more than they get: these may be tried where the size of the result
@@ -113,9 +116,11 @@ def _lift_constants(root: ir.Graph, graph: ir.Graph) -> int:
 def _foldable(node: ir.Node) -> bool:
     if node.domain or node.op_type in _KEEP or any(True for _ in attribute_graphs(node)):
         return False
-    return all(value is None or constant(value) is not None for value in node.inputs) and not any(
-        output.is_graph_output() for output in node.outputs
-    )
+    if any(value is not None and constant(value) is None for value in node.inputs):
+        return False
+    if node.op_type == "Slice" and slice_bounds(node, _ANY_RANK) is None:
+        return False  # numpy, which would compute it, means something else
+    return not any(output.is_graph_output() for output in node.outputs)
 
 
 def _fold(graph: ir.Graph, node: ir.Node, opset: int, shapes: Shapes) -> bool:

@@ -82,7 +82,7 @@ def slice_bounds(node: ir.Node, rank: int) -> list[tuple[int, slice]] | None:
     starts, ends, axes, steps = ([v or [] for v in vectors] + [[], []])[:4]
     axes = axes or list(range(len(starts)))
     steps = steps or [1] * len(starts)
-    if any(step < 0 and end >= _FAR for end, step in zip(ends, steps, strict=False)):
+    if any(s < 0 and (e >= _FAR or b < -1) for b, e, s in zip(starts, ends, steps, strict=False)):
         return None
     return [
         (axis % rank, slice(start, end, step))

@@ -287,6 +287,28 @@ def gather_elements(inputs: Arrays, attributes: Attributes) -> tuple[Array, ...]
     return (np.take_along_axis(x[corner], np.where(index < 0, index + x.shape[axis], index), axis),)
 
 
+def slice_op(inputs: Arrays, attributes: Attributes) -> tuple[Array, ...]:
+    """X[start:end:step] along some axes, with the bounds of ONNX Slice-13.
+
+    Going backwards, ONNX starts at the first element where ``start`` lies before it; numpy, and
+    ``onnx.reference`` with it, gives nothing then.
+    """
+    x = inputs[0]
+    if len(inputs) == 1:  # attributes, before opset 10
+        starts, ends = attributes["starts"], attributes["ends"]
+        axes, steps = attributes.get("axes", range(len(starts))), [1] * len(starts)
+    else:
+        starts, ends = (np.reshape(value, -1).tolist() for value in inputs[1:3])
+        given = [optional_input(inputs, index) for index in (3, 4)]
+        axes = range(len(starts)) if given[0] is None else np.reshape(given[0], -1).tolist()
+        steps = [1] * len(starts) if given[1] is None else np.reshape(given[1], -1).tolist()
+    key = [slice(None)] * x.ndim
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        outside = step < 0 and start < -x.shape[axis] < 0
+        key[axis] = slice(0 if outside else start, end, step)
+    return (x[tuple(key)],)
+
+
 #: Operators of the default domain; all opset versions in which they exist mean the same.
 OPERATORS: dict[str, Operator] = {
     "Attention": attention,
@@ -302,4 +324,5 @@ OPERATORS: dict[str, Operator] = {
     "QuantizeLinear": quantize_linear,
     "RMSNormalization": rms_normalization,
     "RotaryEmbedding": rotary_embedding,
+    "Slice": slice_op,
 }

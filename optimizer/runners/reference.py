@@ -125,7 +125,8 @@ class ReferenceRunner:
                 raise ModelError(f"node '{step.name}' ({step.op_type}) failed: {error}") from error
             for name, result in zip(step.outputs, results, strict=False):
                 if name:
-                    values[name] = np.asarray(result)
+                    array: Any = result if isinstance(result, list) else np.asarray(result)
+                    values[name] = array  # a list is a sequence of tensors
             for name in step.free:
                 values.pop(name, None)
             del arguments, results

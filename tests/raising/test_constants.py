@@ -140,3 +140,13 @@ def test_many_small_results_do_not_make_a_small_model_large(monkeypatch):
     for _ in range(3):
         constants.run(case)
     assert size_bytes(case) < 200_000
+
+
+def test_a_slice_that_numpy_reads_otherwise_is_not_computed():
+    """Backwards from before the first element: ONNX takes that one, numpy none."""
+    case = graph(
+        "c = Slice(t, s, e, a, m)  d = ReduceSum<keepdims = 0>(c)  y = Add(x, d)",
+        constants="float[2] t = {1, 2}, int64[1] s = {-3}, int64[1] e = {-9}, int64[1] a = {0}, "
+        "int64[1] m = {-1}",
+    )
+    assert constants.run(case).applied == 0

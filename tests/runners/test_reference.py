@@ -9,6 +9,7 @@ import models
 import numpy as np
 import onnx_ir as ir
 import pytest
+import rule_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -432,3 +433,28 @@ def test_strings_are_text_as_those_of_onnx_runtime_are() -> None:
     feed = {"x": np.array(["b"], object)}
     for runner in (ReferenceRunner(model), OrtRunner(model)):
         assert runner.run(feed)["y"].tolist() == ["b", "ä"]
+
+
+BOUNDS = [(-5, -9, -1), (-4, -9, -2), (1, -9, -1), (-1, 0, -1), (-9, 9, 2)]
+
+
+@pytest.mark.parametrize(("start", "end", "step"), BOUNDS)
+def test_slice_is_bounded_as_onnx_says(start: int, end: int, step: int) -> None:
+    """Going backwards from before the first element begins at it; numpy gives nothing."""
+    case = rule_case.graph(
+        "y = Slice(x, s, e, a, t)", inputs="float[3,4] x", output="float[N,4] y",
+        constants=f"int64[1] s = {{{start}}}, int64[1] e = {{{end}}}, int64[1] a = {{0}}, "
+        f"int64[1] t = {{{step}}}",
+    )  # fmt: skip
+    feed = {"x": np.arange(12, dtype=np.float32).reshape(3, 4)}
+    expected = OrtRunner(case).run(feed)["y"]
+    np.testing.assert_array_equal(ReferenceRunner(case).run(feed)["y"], expected)
+
+
+def test_sequences_hold_tensors_of_different_sizes() -> None:
+    case = rule_case.graph(
+        "q = SplitToSequence<axis = 0>(x, parts)  y = SequenceAt(q, one)", inputs="float[3,4] x",
+        output="float[N,4] y", constants="int64[2] parts = {1, 2}, int64 one = {1}",
+    )  # fmt: skip
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    np.testing.assert_array_equal(ReferenceRunner(case).run({"x": x})["y"], x[1:])
