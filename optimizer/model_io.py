@@ -29,6 +29,7 @@ from optimizer.model_tensors import (
     mapped,
 )
 from optimizer.model_writer import save_model, size_text
+from optimizer.proto_text import mend_text
 
 __all__ = [
     "BackgroundHashes",
@@ -126,6 +127,7 @@ def _read(path: Path) -> ir.Model:
     if not proto.HasField("graph") or not proto.ir_version:
         msg = "holds no ONNX graph; expected a ModelProto with graph and ir_version"
         raise ModelError(msg)
+    mend_text(proto)
     model_input.check_names(proto)
     sparse_input.write_dense(proto)
     try:

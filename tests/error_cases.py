@@ -563,6 +563,7 @@ VARIANTS = {
     "passes.cqil._window": _OPTION,
     "passes.outliertune.OutlierTune.call": "a pass that needs data, without any",
     "probes._check_extents": INTERNAL,
+    "proto_text.mend_text": "MODEL is protobuf, but no valid model",
     "precision.protected.protected_nodes": _OPTION,
     "runners.decode.DecodeSession.__init__": _SELF,
     "runners.decode.DecodeSession._find_pairs": INTERNAL,

@@ -30,9 +30,9 @@ LAYERS = [
         "arrays hashing listener onnx_wire gate halving elf environment diagnosis",
         "data_files graph nodes proto half_weights segments fingerprint structure norm_parts "
         "quantized_parts block_parts special_parts blocks raising attention_masks widening "
-        "fusion checks "
-        "model_tensors sparse_input notes model_functions model_input model_writer model_io "
-        "frontends runners",
+        "fusion checks model_tensors sparse_input notes model_functions proto_text model_input "
+        "model_writer "
+        "model_io frontends runners",
         "observers calibration pass_base graphsurgeon external_passes quantization precision "
         "generation legalize",
         "passes pass_template",

@@ -340,3 +340,41 @@ def test_constants_are_no_more_nan_than_initializers_are(tmp_path: Path, constan
     sound, damaged = (np.float32(number).tobytes() for number in (7.5, np.nan))
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString().replace(sound, damaged))
     assert "Constant 'c'" in refusal(tmp_path / "m.onnx")
+
+
+def _note(message: Any) -> None:
+    entry = message.metadata_props.add()
+    entry.key, entry.value = "note", "MARK"
+
+
+COMMENTS: dict[str, Callable[[onnx.ModelProto], None]] = {
+    "of the model": lambda m: setattr(m, "doc_string", "MARK"),
+    "of the graph": lambda m: setattr(m.graph, "doc_string", "MARK"),
+    "whose model it is": lambda m: setattr(m, "domain", "MARK"),
+    "metadata of the model": _note,
+    "metadata of the graph": lambda m: _note(m.graph),
+}
+
+
+def _latin(tmp_path: Path, model: onnx.ModelProto) -> Path:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model.SerializeToString().replace(b"MARK", b"M\xc4RK"))
+    return path
+
+
+@pytest.mark.parametrize("edit", COMMENTS.values(), ids=COMMENTS.keys())
+def test_comments_that_are_not_utf8_do_no_harm(
+    tmp_path: Path, edit: Callable[[onnx.ModelProto], None]
+) -> None:
+    model = model_of([oh.make_node("Relu", ["x"], ["y"])])
+    edit(model)
+    loaded = load_model(_latin(tmp_path, model))
+    Canonicalize().call(loaded, Context())
+    assert "M\ufffdRK" in str(ir.to_proto(loaded))
+
+
+def test_names_in_annotations_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+    model = model_of([oh.make_node("Relu", ["x"], ["y"])])
+    annotation = model.graph.quantization_annotation.add(tensor_name="y")
+    annotation.quant_parameter_tensor_names.add(key="SCALE_TENSOR", value="MARK")
+    assert "an annotation of 'y' is not text" in refusal(_latin(tmp_path, model))
