@@ -66,21 +66,18 @@ RUNTIME_INPUTS = {
 }
 STANDARD_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "ai.onnx.preview.training", "ai.onnx.training")
 
+#: What these give holds the same numbers.
+_CARRIED = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 # Operators whose constant operands are weights: an infinite number there makes every output NaN or
 # infinite, while an infinite constant elsewhere may be an attention mask.
 _WEIGHT_USERS = frozenset(
     {
-        "MatMul",
-        "Gemm",
-        "Conv",
-        "ConvTranspose",
-        "Gather",
-        "LayerNormalization",
-        "RMSNormalization",
-        "MatMulInteger",
-        "DequantizeLinear",
+        "Conv", "ConvTranspose", "DequantizeLinear", "FusedConv", "FusedGemm", "FusedMatMul",
+        "Gather", "Gemm", "LayerNormalization", "MatMul", "MatMulInteger", "RMSNormalization",
+        "SimplifiedLayerNormalization", "SkipLayerNormalization",
+        "SkipSimplifiedLayerNormalization",
     }
-)
+)  # fmt: skip
 _CHUNK = 1 << 18  # elements looked at together: fits a second-level cache
 
 
@@ -339,8 +336,7 @@ def check_numbers(model: ir.Model) -> None:
         nan, infinite = _count_non_finite(tensor.numpy())
         if isinstance(tensor, ir.ExternalTensor):
             _close(tensor)
-        is_weight = any(use.node.op_type in _WEIGHT_USERS for use in value.uses())
-        if nan or (infinite and is_weight):
+        if nan or (infinite and _is_weight(value)):
             what = f"{nan} NaN" if nan else f"{infinite} infinite"
             kind = "initializer" if value.is_initializer() else "Constant"
             msg = (
@@ -348,6 +344,20 @@ def check_numbers(model: ir.Model) -> None:
                 "numbers; expected finite weights: export the model again from a sound checkpoint"
             )
             raise ModelError(msg)
+
+
+def _is_weight(value: ir.Value) -> bool:
+    """Whether an operator that takes weights reads it, perhaps in another shape or type."""
+    pending, seen = [value], {value}
+    while pending:
+        for use in pending.pop().uses():
+            if use.node.op_type in _WEIGHT_USERS:
+                return True
+            output = use.node.outputs[0] if use.node.op_type in _CARRIED else None
+            if output is not None and output not in seen:
+                seen.add(output)
+                pending.append(output)
+    return False
 
 
 def _count_non_finite(array: np.ndarray) -> tuple[int, int]:

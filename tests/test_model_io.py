@@ -349,6 +349,9 @@ def test_infinite_weights_are_refused_but_masks_are_not(tmp_path: Path) -> None:
     path = tmp_path / "inf.onnx"
     path.write_bytes(proto([oh.make_node("MatMul", ["x", "w"], ["y"])], w=w).SerializeToString())
     assert "9 infinite" in refusal(path)
+    turned = [oh.make_node("Transpose", ["w"], ["t"]), oh.make_node("MatMul", ["x", "t"], ["y"])]
+    path.write_bytes(proto(turned, w=w).SerializeToString())
+    assert "9 infinite" in refusal(path)
     row = np.array([0, 0, -np.inf], np.float32)
     path.write_bytes(proto([oh.make_node("Add", ["x", "w"], ["y"])], w=row).SerializeToString())
     assert load_model(path)
