@@ -67,7 +67,7 @@ def find_blocks(model: ir.Model) -> Structure:
             if isinstance(found, Block):
                 blocks.append(found)
             elif special.windowed(node):
-                misses[node] = (node.name or "Attention", "attention within windows of the tokens")
+                misses[node] = (node.name or "Attention", special.WINDOWED)
             else:
                 misses[node] = (node.name or "Attention", found)
         elif node.op_type == "Softmax" and _weighs_values(node):

@@ -16,6 +16,8 @@ from optimizer.nodes import node_of, operand, users
 from optimizer.norm_parts import norm
 from optimizer.structure import Experts, Linear
 
+#: Why attention within windows belongs to no block.
+WINDOWED = "attention within windows of the tokens"
 _ELEMENTWISE = ("Add", "Cast", "Clip", "Div", "Max", "Min", "Mul", "Sub", "Tanh", "Where")
 _LAYOUT = (
     "Concat", "Expand", "Flatten", "Gather", "GatherElements", "Pad", "Reshape", "Slice", "Split",

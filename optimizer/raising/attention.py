@@ -33,7 +33,7 @@ from optimizer.raising.dims import Shape
 from optimizer.raising.heads import Heads
 from optimizer.raising.masks import Masks
 from optimizer.raising.shapes import Shapes
-from optimizer.special_parts import is_complete_cache
+from optimizer.special_parts import WINDOWED, is_complete_cache, windowed
 
 
 def run(model: ir.Model) -> RuleReport:
@@ -92,7 +92,8 @@ def _raise_decomposed(state: _State, softmax: ir.Node) -> int | str:
         state, (found.query, found.keys, spelled.Side(weighted.values))
     )
     if problem is not None:
-        return problem
+        scores = found.product.producer()
+        return WINDOWED if scores is not None and windowed(scores) else problem
     mask = state.masks.combine(found.parts, softmax)
     anchor, output = weighted.product, weighted.product.outputs[0]
     query, keys = (_in_order(state.graph, anchor, side) for side in (found.query, found.keys))
