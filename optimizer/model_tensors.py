@@ -120,14 +120,24 @@ def _check_type(name: str, tensor: ir.TensorProtocol) -> None:
 
 def has_numbers(raw: onnx.TensorProto) -> bool:
     """Whether a protobuf tensor holds numbers itself, in any of its fields."""
-    names = {"int32_data", *(name for name, _ in _FIELDS.values())}
-    return raw.HasField("raw_data") or any(len(getattr(raw, name)) for name in names)
+    return bool(_filled(raw))
+
+
+def _filled(raw: onnx.TensorProto) -> list[str]:
+    """The fields of a protobuf tensor that hold numbers."""
+    names = dict.fromkeys(["int32_data", *(name for name, _ in _FIELDS.values())])
+    filled = [name for name in names if len(getattr(raw, name))]
+    return [*filled, "raw_data"] if raw.HasField("raw_data") else filled
 
 
 def _check_content(name: str, tensor: ir.serde.TensorProtoTensor) -> None:
     raw: onnx.TensorProto = tensor.raw
     if raw.HasField("segment"):
         msg = f"tensor '{name}' is stored in segments, which no program writes any more"
+        raise ModelError(msg)
+    filled = _filled(raw)
+    if len(filled) > 1:
+        msg = f"tensor '{name}' holds numbers in {' and '.join(filled)}, expected one of them"
         raise ModelError(msg)
     if raw.HasField("raw_data"):
         if len(raw.raw_data) != tensor.nbytes:

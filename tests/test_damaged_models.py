@@ -378,3 +378,10 @@ def test_names_in_annotations_that_are_not_utf8_are_refused(tmp_path: Path) -> N
     annotation = model.graph.quantization_annotation.add(tensor_name="y")
     annotation.quant_parameter_tensor_names.add(key="SCALE_TENSOR", value="MARK")
     assert "an annotation of 'y' is not text" in refusal(_latin(tmp_path, model))
+
+
+def test_a_tensor_with_two_sets_of_numbers_is_refused(tmp_path: Path) -> None:
+    model = model_of([oh.make_node("Add", ["x", "w"], ["y"])], w=X)
+    model.graph.initializer[0].raw_data = X.tobytes()
+    model.graph.initializer[0].float_data.extend(X)
+    assert "'w' holds numbers in float_data and raw_data" in refusal(written(tmp_path, model))
