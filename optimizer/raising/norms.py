@@ -38,6 +38,9 @@ from optimizer.raising.dims import Dim, Shape
 from optimizer.raising.norm_builder import Builder, Core, finite, shared_by, vector
 from optimizer.raising.shapes import Shapes
 
+#: A scale of ones is made for norms without one: not for whatever size a file declares.
+_MAX_WIDTH = 1 << 22
+
 
 def run(model: ir.Model) -> RuleReport:
     """Raise decomposed norms, then bring existing ones into the canonical form."""
@@ -65,8 +68,8 @@ def _raise(node: ir.Node, shapes: Shapes) -> bool | Miss:
     shape = shapes.of(source)
     if shape is None or not _over_last_axis(mean_square, len(shape)):
         return Miss(site(node), "the mean of squares is not over the last axis alone")
-    if not isinstance(shape[-1], int):
-        return Miss(site(node), "the size of the normalized axis is not known")
+    if not isinstance(shape[-1], int) or shape[-1] > _MAX_WIDTH:
+        return Miss(site(node), "the size of the normalized axis is not known, or no model's")
     core = _core(node, source, epsilon, shapes)
     if core is None:
         return Miss(site(node), "the root of the mean of squares does not divide what was squared")

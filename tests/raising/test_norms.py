@@ -336,3 +336,9 @@ def test_a_scale_that_is_no_number_stays_outside():
     constants = SHARED + ", float[4] damaged = {1, inf, 2, 3}"
     case = graph(f"{SQUARE}  n = Div(x, s)  y = Mul(n, damaged)", constants=constants)
     refuses(case, norms.run, "not finite")
+
+
+def test_no_scale_is_made_for_a_size_that_no_model_has():
+    case = graph(f"{SQUARE}  y = Div(x, s)", inputs="float[1,1,2147483647] x",
+                 output="float[1,1,2147483647] y", constants=SHARED)  # fmt: skip
+    refuses(case, norms.run, "the size of the normalized axis")
