@@ -81,10 +81,11 @@ class Tally:
 
 
 def _generic(message: str) -> str:
-    """A message without names and numbers, to be counted."""
+    """A message without names, folders and numbers, to be counted."""
     import re
 
-    return re.sub(r"\d+", "N", re.sub(r"'[^']*'", "'_'", message))[:120]
+    text = re.sub(r"\S*/root/models/in", "FOLDER", re.sub(r"'[^']*'", "'_'", message))
+    return re.sub(r"\d+", "N", text)[:120]
 
 
 def work(engine: str, first: int, count: int, root: Path, report: int) -> None:
