@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from readme import replace_between
 
 HOME = Path(__file__).resolve().parent
 BEGIN, END = "<!-- costs: benchmarks/cost_table.py --readme README.md -->", "<!-- end of costs -->"
@@ -86,15 +87,6 @@ def _figures(row: Mapping[str, Any]) -> str:
     return f"{text}, {row['nodes']} nodes, {row['attentions']} attentions"
 
 
-def into_readme(text: str, readme: Path) -> None:
-    """Put ``text`` between the marks."""
-    before, mark, rest = readme.read_text("utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not mark or not end:
-        sys.exit(f"{readme} lacks the lines '{BEGIN}' and '{END}', between which the table goes.")
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", "utf-8")
-
-
 def main() -> None:
     """Print all tables, or write the summary."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -103,7 +95,7 @@ def main() -> None:
     options = parser.parse_args()
     models = json.loads(options.results.read_text("utf-8"))["models"]
     if options.readme:
-        into_readme(summary(models), options.readme)
+        replace_between(options.readme, BEGIN, END, summary(models))
     else:
         print("\n\n".join(table(model) for model in models))
 

@@ -39,6 +39,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from exporters import WAYS, Cell  # noqa: E402
 from families import FAMILIES  # noqa: E402
+from readme import replace_between  # noqa: E402
 
 from optimizer.benchmark import write_result  # noqa: E402
 from optimizer.machine import describe_machine  # noqa: E402
@@ -212,13 +213,8 @@ def _reasons(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def write_table(results: Path, readme: Path) -> None:
     """Put the table of a results file between the marks in a Markdown file."""
-    text = readme.read_text("utf-8")
-    if BEGIN not in text or END not in text:
-        sys.exit(f"{readme} lacks the lines '{BEGIN}' and '{END}', between which the table goes.")
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
     rows = json.loads(results.read_text("utf-8"))["rows"]
-    readme.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{after}", "utf-8")
+    replace_between(readme, BEGIN, END, table(rows))
 
 
 def _names(text: str | None, known: Sequence[str]) -> list[str]:

@@ -6,7 +6,7 @@ the standard allows and exporters write.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -18,10 +18,30 @@ from optimizer.raising.shapes import Shapes
 #: Input of Attention.
 MASK = 3
 #: A mask and the number of queries it is to be written out for.
-Key = tuple[ir.Value, Dim | ir.Value]
+_Key = tuple[ir.Value, Dim | ir.Value]
 
 
-def narrow(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Value, Key]]:
+def widen_masks(model: ir.Model, allowed: Callable[[ir.Value], bool] = lambda _: True) -> int:
+    """Write out the query dimension of masks, in place; each at most once for a number of queries.
+
+    Args:
+        model: Its main graph is rewritten.
+        allowed: Is asked before each mask.
+
+    Returns:
+        How many masks were written.
+    """
+    wide: dict[_Key, ir.Value] = {}
+    for node, mask, key in _narrow(model):
+        if key not in wide:
+            if not allowed(mask):
+                continue
+            wide[key] = _widen(model.graph, node, mask)
+        node.replace_input_with(MASK, wide[key])
+    return len(wide)
+
+
+def _narrow(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Value, _Key]]:
     """Attentions whose mask may have one row for all queries; equal keys can share a wide one."""
     shapes = Shapes()
     dims = [dim for value in model.graph.inputs for dim in value.shape or ()]
@@ -49,7 +69,7 @@ def _has_query_rows(mask: Shape | None, names: frozenset[str]) -> bool:
     return all(name in names for product, _ in rows for name in product)
 
 
-def widen(graph: ir.Graph, anchor: ir.Node, mask: ir.Value) -> ir.Value:
+def _widen(graph: ir.Graph, anchor: ir.Node, mask: ir.Value) -> ir.Value:
     """``mask`` with a row for each query of the Attention ``anchor``."""
     # The sequence length is dimension 1 of a 3-D and dimension 2 of a 4-D query: always -2.
     rows = graphs.insert(
@@ -69,12 +89,8 @@ def widen(graph: ir.Graph, anchor: ir.Node, mask: ir.Value) -> ir.Value:
 
 def runnable(model: ir.Model) -> ir.Model:
     """A copy whose masks ONNX Runtime takes; the same model where it takes them already."""
-    if not any(True for _ in narrow(model)):
+    if not any(True for _ in _narrow(model)):
         return model
     copy = model.clone()
-    wide: dict[Key, ir.Value] = {}
-    for node, mask, key in narrow(copy):
-        if key not in wide:
-            wide[key] = widen(copy.graph, node, mask)
-        node.replace_input_with(MASK, wide[key])
+    widen_masks(copy)
     return copy

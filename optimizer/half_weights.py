@@ -12,6 +12,8 @@ import onnx_ir as ir
 from optimizer import graph as graphs
 from optimizer.data_files import note_source
 
+HALF_TYPES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+
 
 class Widened(ir.LazyTensor):
     """A half-precision constant as float32, which remembers how it is stored.

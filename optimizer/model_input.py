@@ -174,7 +174,7 @@ def _check_node(node: ir.Node, imports: Mapping[str, int]) -> None:
     """What the ONNX checker leaves out: required inputs, and attributes that stand for a type."""
     opset = imports.get(node.domain, 1)
     needed = [(index, f", {name}") for index, name in required_inputs(node, opset)]
-    if node.domain in RUNTIME_DOMAINS or node.op_type == "SimplifiedLayerNormalization":
+    if is_runtime_operator(node):
         needed = [(index, "") for index in RUNTIME_INPUTS.get(node.op_type, (0,))]
     for index, name in needed:
         if index >= len(node.inputs) or node.inputs[index] is None:
@@ -195,6 +195,12 @@ def _check_node(node: ir.Node, imports: Mapping[str, int]) -> None:
     if to is not None and not to.is_ref() and to.value not in _TYPES:
         msg = f"node '{node.name}' (Cast) is to element type {to.value}, which does not exist"
         raise ModelError(msg)
+
+
+def is_runtime_operator(node: ir.Node) -> bool:
+    """Whether a node is of an operator that only ONNX Runtime defines."""
+    own = node.domain == "" and node.op_type == "SimplifiedLayerNormalization"
+    return own or node.domain in RUNTIME_DOMAINS
 
 
 def check_operators(model: ir.Model, custom_ops: Sequence[Path]) -> None:

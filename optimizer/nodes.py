@@ -74,6 +74,12 @@ def by_constant(node: ir.Node) -> tuple[ir.Value, float | int] | None:
     return None
 
 
+def reader(value: ir.Value, op_type: str) -> ir.Node | None:
+    """The standard node of this operator that alone reads ``value``."""
+    node = graphs.only_user(value)
+    return node if node is not None and node.op_type == op_type and node.domain == "" else None
+
+
 def dims(value: ir.Value) -> tuple[int, ...] | None:
     """The shape of a constant, without reading it."""
     tensor = graphs.constant(value)

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from optimizer import graph as graphs
-from optimizer.nodes import dims, node_of, operand, operands, other, users
+from optimizer.nodes import dims, node_of, operand, operands, other, reader, users
 from optimizer.norm_parts import norm
 from optimizer.structure import Linear
 
@@ -248,12 +248,12 @@ def _restored(matmul: ir.Node, way: _Way) -> Linear | None:
     if way.gain is not None:
         lost = _vector_added(value, columns)
         value = value if lost is None else lost.outputs[0]
-        scale = _only(value, "Mul")
+        scale = reader(value, "Mul")
         if scale is None or other(scale, value) is not way.gain:
             return None
         value = scale.outputs[0]
     if way.middle is not None:
-        add = _only(value, "Add")
+        add = reader(value, "Add")
         product = None if add is None else node_of(other(add, value), "Mul")
         if add is None or product is None or way.middle not in operands(product):
             return None
@@ -270,8 +270,8 @@ def _integer_product(matmul: ir.Node) -> Linear | None:
     """The layer around a MatMulInteger of what a DynamicQuantizeLinear gives."""
     left, weight = operands(matmul)
     quantize = node_of(left, "DynamicQuantizeLinear")
-    cast = _only(matmul.outputs[0], "Cast")
-    scaled = None if cast is None else _only(cast.outputs[0], "Mul")
+    cast = reader(matmul.outputs[0], "Cast")
+    scaled = None if cast is None else reader(cast.outputs[0], "Mul")
     if quantize is None or cast is None or scaled is None or weight_of(weight) is None:
         return None
     factor = other(scaled, cast.outputs[0])
@@ -294,8 +294,8 @@ def rounded_forms(value: ir.Value) -> Iterator[ir.Value]:
 
 def rounded(value: ir.Value) -> ir.Value:
     """``value`` after a Q/DQ pair that alone reads it, itself without one."""
-    quantize = _only(value, "QuantizeLinear")
-    dequantize = None if quantize is None else _only(quantize.outputs[0], "DequantizeLinear")
+    quantize = reader(value, "QuantizeLinear")
+    dequantize = None if quantize is None else reader(quantize.outputs[0], "DequantizeLinear")
     return value if dequantize is None else dequantize.outputs[0]
 
 
@@ -306,14 +306,9 @@ def unrounded(value: ir.Value) -> ir.Value:
     return value if quantize is None else operand(quantize)
 
 
-def _only(value: ir.Value, op_type: str) -> ir.Node | None:
-    node = graphs.only_user(value)
-    return node if node is not None and node.op_type == op_type and node.domain == "" else None
-
-
 def _vector_added(value: ir.Value, columns: int) -> ir.Node | None:
     """The Add of a constant [N], perhaps a dequantized one, that alone reads ``value``."""
-    add = _only(value, "Add")
+    add = reader(value, "Add")
     if add is None or dims(stored(other(add, value))) != (columns,):
         return None
     return add

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from optimizer import block_parts as parts
 from optimizer import graph as graphs
-from optimizer.nodes import node_of, operand, users
+from optimizer.nodes import node_of, operand, reader, users
 from optimizer.norm_parts import norm
 from optimizer.structure import Experts, Linear
 
@@ -89,8 +89,8 @@ def clamped(value: ir.Value) -> ir.Value:
             return node.outputs[0]
     for first, second in (("Max", "Min"), ("Min", "Max")):
         for node in users(value, first):
-            last = graphs.only_user(node.outputs[0])
-            if last is None or last.op_type != second or last.domain != "":
+            last = reader(node.outputs[0], second)
+            if last is None:
                 continue
             bounds = [v for v in (*node.inputs, *last.inputs) if v not in (value, node.outputs[0])]
             if len(bounds) == 2 and all(map(_is_number, bounds)):

@@ -22,14 +22,13 @@ import onnx_ir.passes.common as common_passes
 
 from optimizer import graph as graphs
 from optimizer.gate import in_force
-from optimizer.half_weights import Widened, widened
+from optimizer.half_weights import HALF_TYPES, Widened, widened
 from optimizer.raising import value_info
 from optimizer.raising.base import allow
 from optimizer.raising.reshapes import bypass
 from optimizer.targets import Target
 
 _FLOAT = ir.DataType.FLOAT
-HALF_TYPES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 #: Their result holds numbers that they have read, or the sign of such numbers changed: there is
 #: nothing to round.

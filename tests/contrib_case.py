@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import onnx
 import onnx.parser
 import onnx_ir as ir
 import onnxruntime as ort
-from rule_case import SIZE
+from rule_case import SIZE, Rule, assert_equal_up_to, rewritten
 
-from optimizer import gate
-from optimizer.fingerprint import fingerprint
 from optimizer.raising import value_info
 from optimizer.raising.base import RuleReport
 
-Rule = Callable[[ir.Model], RuleReport]
 Feed = dict[str, np.ndarray]
 RNG = np.random.default_rng(5)
 
@@ -78,27 +73,12 @@ def run(proto: onnx.ModelProto, arrays: Feed) -> list[np.ndarray]:
 
 def apply(case: ir.Model, rule: Rule, given: Feed | None = None) -> RuleReport:
     """Run the rule; it must ask the gate, and the graph must compute and be called the same."""
-    before, arrays = ir.to_proto(case), feed(case, given)
-    closed = ir.from_proto(before)
-    value_info.fill(closed)
-    with gate.using(gate.Recorder(gate.first(0))):
-        assert not rule(closed).applied, "the rule rewrites without asking raising.base.allow"
-    assert fingerprint(case).difference(fingerprint(closed)) is None
-    asked = gate.Recorder()
-    with gate.using(asked):
-        report = rule(case)
-    assert len(asked.taken) == report.applied
-    after = ir.to_proto(case)
-    onnx.checker.check_model(after, full_check=True)
-    assert [v.name for v in after.graph.output] == [v.name for v in before.graph.output]
+    arrays = feed(case, given)
+    before, after, report = rewritten(case, rule)
     for node in case.graph:
         assert all(output.dtype is not None for output in node.outputs if output.uses())
-    for old, new in zip(run(before, arrays), run(after, arrays), strict=True):
-        assert (old.dtype, old.shape) == (new.dtype, new.shape)
-        # Sums of at most 32 terms, a softmax and a norm in float32 (or the type of the model).
-        unit = np.finfo(old.dtype).eps if np.issubdtype(old.dtype, np.floating) else 0
-        bound = 32 * unit * max(1.0, float(np.abs(old).max(initial=0)))
-        assert float(np.abs(old.astype(float) - new.astype(float)).max(initial=0)) <= bound
+    # Sums of at most 32 terms, a softmax and a norm in float32 (or the type of the model).
+    assert_equal_up_to(32, run(before, arrays), run(after, arrays))
     assert not rule(case).applied, "a second run must change nothing"
     return report
 

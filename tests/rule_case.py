@@ -67,13 +67,15 @@ def feed(case: ir.Model, seed: int = 0) -> dict[str, np.ndarray]:
     return arrays
 
 
-def apply(case: ir.Model, rule: Callable[[ir.Model], RuleReport]) -> RuleReport:
-    """Run the rule; the graph must stay valid, and compute and be called the same.
+Rule = Callable[[ir.Model], RuleReport]
+
+
+def rewritten(case: ir.Model, rule: Rule) -> tuple[onnx.ModelProto, onnx.ModelProto, RuleReport]:
+    """The graph before and after the rule, and its report; the result is valid and called the same.
 
     The rule must ask the gate: refused, it changes nothing.
     """
     before = ir.to_proto(case)
-    arrays = feed(case)
     closed = ir.from_proto(before)
     value_info.fill(closed)
     with gate.using(gate.Recorder(gate.first(0))):
@@ -87,20 +89,32 @@ def apply(case: ir.Model, rule: Callable[[ir.Model], RuleReport]) -> RuleReport:
     onnx.checker.check_model(after, full_check=True)
     assert [v.name for v in after.graph.input] == [v.name for v in before.graph.input]
     assert [v.name for v in after.graph.output] == [v.name for v in before.graph.output]
-    wanted = ReferenceEvaluator(before).run(None, arrays)
-    got = ReferenceEvaluator(after).run(None, arrays)
+    return before, after, report
+
+
+def assert_equal_up_to(roundings: int, wanted: list[np.ndarray], got: list[np.ndarray]) -> None:
+    """Types, shapes and, up to that many roundings of the largest number, values are the same."""
     for old, new in zip(wanted, got, strict=True):
         assert old.dtype == new.dtype
         assert old.shape == new.shape
-        # Exact algebra in another order: the bound that the pipeline holds exact passes to.
         unit = np.finfo(old.dtype).eps if np.issubdtype(old.dtype, np.floating) else 0
-        bound = 16 * unit * max(1.0, float(np.max(np.abs(old), initial=0)))
+        bound = roundings * unit * max(1.0, float(np.max(np.abs(old), initial=0)))
         assert float(np.max(np.abs(old.astype(float) - new.astype(float)), initial=0)) <= bound
+
+
+def apply(case: ir.Model, rule: Rule) -> RuleReport:
+    """Run the rule; the graph must stay valid, and compute and be called the same."""
+    arrays = feed(case)
+    before, after, report = rewritten(case, rule)
+    wanted = ReferenceEvaluator(before).run(None, arrays)
+    got = ReferenceEvaluator(after).run(None, arrays)
+    # Exact algebra in another order: the bound that the pipeline holds exact passes to.
+    assert_equal_up_to(16, wanted, got)
     assert not rule(case).applied, "a second run must change nothing"
     return report
 
 
-def refuses(case: ir.Model, rule: Callable[[ir.Model], RuleReport], reason: str | None) -> None:
+def refuses(case: ir.Model, rule: Rule, reason: str | None) -> None:
     """The rule must leave the graph as it is; ``reason`` is part of what it says, None: nothing."""
     before = ir.to_proto(case).SerializeToString()
     report = rule(case)

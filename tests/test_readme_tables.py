@@ -6,11 +6,11 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import cost_table
 import families
 import pytest
+import zoo
 from exporters import WAYS
-
-from benchmarks import cost_table, zoo
 
 ROOT = Path(__file__).resolve().parent.parent
 

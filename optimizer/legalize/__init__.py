@@ -14,7 +14,7 @@ from optimizer import widening
 from optimizer.errors import OptionError, UnsupportedError
 from optimizer.gate import Gate
 from optimizer.legalize import kv_in_place, opset_rules, ort_cpu
-from optimizer.model_input import RUNTIME_DOMAINS
+from optimizer.model_input import is_runtime_operator
 from optimizer.pass_base import Report, Skip
 from optimizer.targets import Quantization, Target, get_target
 
@@ -104,7 +104,7 @@ def _lower(
 
 def _refuse_contrib(model: ir.Model, target: Target) -> None:
     """Raise where an operator of ONNX Runtime was not raised to standard ones."""
-    found = next((n for n in model.graph.all_nodes() if _is_contrib(n)), None)
+    found = next((n for n in model.graph.all_nodes() if is_runtime_operator(n)), None)
     if found is not None:
         msg = (
             f"node '{found.name}' is {found.domain or 'ONNX'}.{found.op_type}, which only ONNX "
@@ -113,12 +113,6 @@ def _refuse_contrib(model: ir.Model, target: Target) -> None:
             "the model again without ONNX Runtime's fusions"
         )
         raise UnsupportedError(msg)
-
-
-def _is_contrib(node: ir.Node) -> bool:
-    return node.domain in RUNTIME_DOMAINS or (
-        node.domain == "" and node.op_type == "SimplifiedLayerNormalization"
-    )
 
 
 def _opset(model: ir.Model, target: Target, opset: int | None) -> int:

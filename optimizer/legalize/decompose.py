@@ -16,9 +16,9 @@ import onnx_ir as ir
 
 from optimizer import graph as graphs
 from optimizer.errors import UnsupportedError
+from optimizer.half_weights import HALF_TYPES
 from optimizer.nodes import operand, optional
 from optimizer.raising.shapes import Shapes
-from optimizer.widening import HALF_TYPES
 
 #: ``qk_matmul_output_mode`` of an Attention whose fourth output comes after the softmax.
 _WEIGHTS = 3

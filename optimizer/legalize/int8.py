@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optimizer import graph as graphs
-from optimizer.nodes import operand
+from optimizer.nodes import operand, reader
 from optimizer.pass_base import Skip
 from optimizer.quantized_parts import scaled_along
 from optimizer.raising.base import allow, attempt
@@ -202,8 +202,8 @@ def _weight_fault(dequantize: ir.Node) -> str | None:
 
 
 def _bias(matmul: ir.Node, weight: ir.Value) -> tuple[ir.Node | None, ir.Value | None]:
-    add = graphs.only_user(matmul.outputs[0])
-    if add is None or add.op_type != "Add" or add.domain != "" or weight.shape is None:
+    add = reader(matmul.outputs[0], "Add")
+    if add is None or weight.shape is None:
         return None, None
     bias = next((v for v in add.inputs if v is not matmul.outputs[0]), None)
     tensor = graphs.constant(bias)

@@ -146,15 +146,8 @@ def spell_residuals(model: ir.Model) -> int:
 
 
 def widen_masks(model: ir.Model) -> int:
-    """Write out the query dimension of attention masks (``attention_masks``)."""
-    wide: dict[attention_masks.Key, ir.Value] = {}
-    for node, mask, key in attention_masks.narrow(model):
-        if key not in wide:
-            if not allow(str(mask.name), "attention mask"):
-                continue
-            wide[key] = attention_masks.widen(model.graph, node, mask)
-        node.replace_input_with(attention_masks.MASK, wide[key])
-    return len(wide)
+    """Write out the query dimension of attention masks, where the gate lets it."""
+    return attention_masks.widen_masks(model, lambda mask: allow(str(mask.name), "attention mask"))
 
 
 def drop_zero_points(model: ir.Model) -> int:

@@ -21,6 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optimizer import graph as graphs
+from optimizer.attention_masks import MASK
 from optimizer.nodes import dims
 from optimizer.precision.constants import Numbers
 from optimizer.precision.limits import FLOATS, Format
@@ -36,8 +37,6 @@ _MOVES = frozenset(
     }
 )  # fmt: skip
 _ADDS = frozenset({"Add", "Max", "Min", "Mul", "Where"})
-#: Attention's input of that name.
-_ATTENTION_MASK = 3
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ def _way(graph: ir.Graph, source: ir.Value) -> set[ir.Value] | None:
 def _is_end(node: ir.Node, index: int) -> bool:
     if node.domain != "":
         return False
-    masks = node.op_type == "Attention" and index == _ATTENTION_MASK
+    masks = node.op_type == "Attention" and index == MASK
     return masks or node.op_type == "Softmax"
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from optimizer import graph as graphs
+from optimizer.half_weights import HALF_TYPES
 from optimizer.nodes import node_of
 from optimizer.precision.limits import FLOATS
 from optimizer.precision.rules import is_product
-from optimizer.widening import EXACT, HALF_TYPES
+from optimizer.widening import EXACT
 
 
 def from_integers(graph: ir.Graph) -> set[ir.Value]:

@@ -22,13 +22,13 @@ import numpy as np
 import onnx_ir as ir
 
 from optimizer import graph as graphs
+from optimizer.half_weights import HALF_TYPES
 from optimizer.nodes import node_of, operand, operands, optional
 from optimizer.raising.base import LocalRule, Miss, RuleReport, site, sweep
 from optimizer.raising.shapes import Shapes
 
 DOMAIN = "com.microsoft"
 _QUICK = 1.702
-_HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _ACTIVATIONS = frozenset({"HardSigmoid", "LeakyRelu", "Relu", "Sigmoid", "Tanh"})
 
 
@@ -140,7 +140,7 @@ def _simplified(node: ir.Node) -> bool | Miss:
     }
     pen, x, scale = Pen.of(node), operand(node), operand(node, 1)
     if x.dtype != scale.dtype:  # ONNX infers the type of x for what has that of the scale
-        if scale.dtype is not ir.DataType.FLOAT or x.dtype not in _HALF:
+        if scale.dtype is not ir.DataType.FLOAT or x.dtype not in HALF_TYPES:
             return Miss(site(node), "input and scale of a fused norm differ in element type")
         x = pen.put("Cast", (x,), {"to": scale.dtype.value}, scale.dtype)
     return pen.done(0, pen.put("RMSNormalization", (x, scale), attributes))

@@ -12,11 +12,9 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from optimizer.graph import constant, inherit_name
-from optimizer.half_weights import widened
+from optimizer.half_weights import HALF_TYPES, widened
 from optimizer.raising.base import RuleReport, sweep
 from optimizer.raising.constants import make_initializer
-
-_HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def run(model: ir.Model) -> RuleReport:
@@ -29,7 +27,7 @@ def _raise(node: ir.Node) -> bool:
     tensor = constant(source)
     if source is None or tensor is None or not isinstance(graph, ir.Graph):
         return False
-    if tensor.dtype not in _HALF or tensor.size == 1 or output.is_graph_output():
+    if tensor.dtype not in HALF_TYPES or tensor.size == 1 or output.is_graph_output():
         return False
     if ir.DataType(node.attributes["to"].as_int()) != ir.DataType.FLOAT:
         return False

@@ -32,7 +32,7 @@ from optimizer.graph import (
     replace_value,
     scalar,
 )
-from optimizer.nodes import node_of, other, perm
+from optimizer.nodes import node_of, optional, other, perm, reader
 from optimizer.raising.base import Miss, RuleReport, site, sweep
 from optimizer.raising.dims import Dim, Shape
 from optimizer.raising.norm_builder import Builder, Core, finite, shared_by, vector
@@ -269,9 +269,7 @@ def _scaled_after(node: ir.Node, size: Dim, shapes: Shapes) -> bool:
 
 def _shifted_after(node: ir.Node, size: Dim, shapes: Shapes) -> bool:
     """Take the constant vector that alone is added to the result for the bias, if it has none."""
-    if node.op_type != "LayerNormalization" or (
-        len(node.inputs) > 2 and node.inputs[2] is not None
-    ):
+    if node.op_type != "LayerNormalization" or optional(node, 2) is not None:
         return False
     return _take_vector(node, "Add", size, shapes)
 
@@ -279,8 +277,8 @@ def _shifted_after(node: ir.Node, size: Dim, shapes: Shapes) -> bool:
 def _take_vector(node: ir.Node, op_type: str, size: Dim, shapes: Shapes) -> bool:
     """Let the norm do what a Mul or an Add by a vector does after it."""
     output = node.outputs[0]
-    user = only_user(output)
-    if user is None or user.op_type != op_type or user.domain != "" or not isinstance(size, int):
+    user = reader(output, op_type)
+    if user is None or not isinstance(size, int):
         return False
     parameter = other(user, output)
     if not vector(parameter, size) or parameter.dtype != output.dtype or not parameter.shape:

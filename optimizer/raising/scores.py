@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from optimizer import graph as graphs
-from optimizer.nodes import by_constant, dims, node_of, operand, operands, perm, users
+from optimizer.nodes import by_constant, dims, node_of, operand, operands, perm, reader, users
 from optimizer.raising.masks import Part, is_lowest
 from optimizer.raising.shapes import Shapes
 from optimizer.special_parts import disentangled, products_under
@@ -94,8 +94,8 @@ def _turned_back(softmax: ir.Node) -> ir.Value | None:
     """The Transpose of a Softmax over the keys of ``k @ q^T``, as TensorFlow writes it."""
     if softmax.attributes.get_int("axis", -1) not in (2, -2):
         return None
-    user = graphs.only_user(softmax.outputs[0])
-    if user is None or user.op_type != "Transpose" or user.domain != "":
+    user = reader(softmax.outputs[0], "Transpose")
+    if user is None:
         return None
     return user.outputs[0] if perm(user, 4) == _SWAP_LAST else None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -86,9 +86,7 @@ def _vector_of_choice(shapes: Shapes, node: ir.Node) -> Shape | None:
     vectors = [shapes.vector_within(v) for v in node.inputs[1:]]
     if chosen is None or None in vectors or None in chosen:
         return None
-    columns: list[list[Any]] = [chosen, *(list(v) for v in vectors if v is not None)]
-    size = max(map(len, columns))
-    rows = zip(*(v * size if len(v) == 1 else v for v in columns), strict=True)
+    rows = _rows(chosen, *(v for v in vectors if v is not None))
     return tuple(same if first else other for first, same, other in rows)
 
 
@@ -98,14 +96,12 @@ def _vector_of_extreme(shapes: Shapes, node: ir.Node) -> Shape | None:
     known = [v for v in vectors if v is not None and all(map(dims.never_negative, v))]
     if len(known) != len(vectors):
         return None
-    size = max(map(len, known))
-    columns = zip(*(v * size if len(v) == 1 else v for v in known), strict=True)
     pick = min if node.op_type == "Min" else max
     return tuple(
         pick(n for n in sizes if isinstance(n, int))
         if all(isinstance(n, int) for n in sizes)
         else unknown(node.outputs[0], index)
-        for index, sizes in enumerate(columns)
+        for index, sizes in enumerate(_rows(*known))
     )
 
 
@@ -121,9 +117,13 @@ def _choices(shapes: Shapes, condition: ir.Value | None) -> list[bool | None] | 
     left, right = (shapes.vector_within(v) for v in equal.inputs)
     if left is None or right is None:
         return None
-    size = max(len(left), len(right))
-    pairs = zip(*(v * size if len(v) == 1 else v for v in (left, right)), strict=True)
-    return [True if a == b else False if _differ(a, b) else None for a, b in pairs]
+    return [True if a == b else False if _differ(a, b) else None for a, b in _rows(left, right)]
+
+
+def _rows(*vectors: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+    """Elements that meet where vectors are broadcast."""
+    size = max(map(len, vectors))
+    return zip(*(list(v) * size if len(v) == 1 else v for v in vectors), strict=True)
 
 
 def _differ(left: Dim, right: Dim) -> bool:
