@@ -1,0 +1,122 @@
+"""How a matrix W [K, N] is pruned: magnitude, Wanda, SparseGPT.
+
+``moments`` is what is known of the inputs x of x W: H = X'X [K, K] over calibration tokens, or its
+diagonal [K] (the squared norms ||X_k||^2 of the channels). The damage of new weights V is
+||X (W - V)||^2 = trace (W - V)' H (W - V), given relative to ||X W||^2.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from optimizer.pruning.patterns import Pattern
+from optimizer.quantization.weights import inverse_factor
+
+#: Share of the smallest norm seen that a channel counts with which was silent on the calibration
+#: data: its weights go first, the smallest of them first.
+_SILENT = 1e-3
+
+
+def magnitude(weight: np.ndarray) -> np.ndarray:
+    """Scores |W|, [K, N] float32."""
+    result: np.ndarray = np.abs(weight.astype(np.float32, copy=False))
+    return result
+
+
+def wanda(weight: np.ndarray, diagonal: np.ndarray) -> np.ndarray:
+    """Scores |W_kn| ||X_k||_2 (Sun et al., 2023, Wanda, arXiv 2306.11695, eq. 1), [K, N] float32.
+
+    Args:
+        weight: [K, N].
+        diagonal: [K], ||X_k||^2.
+    """
+    norms = np.sqrt(np.asarray(diagonal, np.float64))
+    seen = norms[norms > 0]
+    norms[norms == 0] = _SILENT * seen.min() if len(seen) else 1.0
+    norms /= norms.max()
+    return magnitude(weight) * norms[:, None].astype(np.float32)
+
+
+def zeroed(weight: np.ndarray, pruned: np.ndarray) -> np.ndarray:
+    """``weight`` with exact zeros, never -0, where ``pruned`` is True."""
+    result: np.ndarray = np.where(pruned, weight.dtype.type(0), weight)
+    return result
+
+
+class SparseGpt:
+    """Prunes one input channel after the other; those after it make up for what it loses.
+
+    Frantar and Alistarh, 2023, SparseGPT, arXiv 2301.00774, algorithm 1. With U the upper Cholesky
+    factor of (H + damping * mean(diag H) I)^-1: scores w_k^2 / U_kk^2, where U_kk^2 is the k-th
+    diagonal entry of the inverse of H without the channels already done; a pruned w_k is subtracted
+    from all j > k as (w_k / U_kk) U_kj. Unstructured masks are chosen for ``block`` channels at a
+    time, N:M masks for every group when it is reached.
+
+    Where a weight is zero already it stays zero and counts.
+    """
+
+    def __init__(self, moments: np.ndarray, *, damping: float = 0.01, block: int = 128) -> None:
+        """Factorize.
+
+        Args:
+            moments: H [K, K], symmetric and not all zero.
+            damping: Relative to the mean of the diagonal.
+            block: Channels at a time.
+        """
+        damped = np.array(moments, np.float32)
+        diagonal = np.diag(damped)
+        # The factor of H and of c H differ by a number that cancels everywhere; 1 is in range.
+        mean = float(diagonal.mean(dtype=np.float64))
+        damped /= np.float32(mean)
+        damped[np.diag_indices_from(damped)] += np.float32(damping)
+        self._factor = inverse_factor(damped)
+        self._block = block
+
+    def prune(self, weight: np.ndarray, pattern: Pattern) -> np.ndarray:
+        """New weights [K, N] float32."""
+        factor = self._factor
+        left = np.array(weight, np.float32)
+        taken = left == 0
+        step = self._block if pattern.group is None else _multiple(self._block, pattern.group)
+        for start in range(0, len(left), step):
+            stop = min(start + step, len(left))
+            errors = np.zeros((stop - start, left.shape[1]), np.float32)
+            inner = pattern.group or stop - start
+            for first in range(start, stop, inner):
+                last = first + inner
+                spread = np.square(np.diag(factor)[first:last, None])
+                scores = np.square(left[first:last]) / spread
+                scores[taken[first:last]] = -1
+                pruned = pattern.pruned(scores, first) | taken[first:last]
+                for k in range(first, last):
+                    lost = pruned[k - first]
+                    errors[k - start] = np.where(lost, left[k] / factor[k, k], 0)
+                    left[k, lost] = 0
+                    if stop > k + 1:
+                        left[k + 1 : stop] -= factor[k, k + 1 : stop, None] * errors[k - start]
+            left[stop:] -= factor[start:stop, stop:].T @ errors
+        return left
+
+
+def _multiple(block: int, group: int) -> int:
+    return -(-block // group) * group
+
+
+def relative_damage(weight: np.ndarray, new: np.ndarray, moments: np.ndarray | None) -> float:
+    """||X (W - V)||^2 / ||X W||^2; with the diagonal [K] of H as if channels were uncorrelated.
+
+    Args:
+        weight: W [K, N].
+        new: V [K, N].
+        moments: H [K, K], its diagonal [K], or None for the identity.
+    """
+    before = _energy(np.asarray(weight, np.float32), moments)
+    lost = _energy(np.asarray(weight, np.float32) - np.asarray(new, np.float32), moments)
+    return lost / before if before > 0 else 0.0
+
+
+def _energy(weight: np.ndarray, moments: np.ndarray | None) -> float:
+    if moments is not None and moments.ndim == 2:
+        return float(np.einsum("kn,kn->", weight, moments @ weight, dtype=np.float64))
+    by_channel = np.einsum("kn,kn->k", weight, weight, dtype=np.float64)
+    return float(by_channel.sum() if moments is None else by_channel @ moments)

@@ -1,0 +1,84 @@
+"""Which weights of a matrix W [K, N] are zero together."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+_GROUPED = re.compile(r"([1-9]\d{0,3}):([1-9]\d{0,3})")
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A share of zeros, in the matrix, in every column, or in every group of a column.
+
+    Attributes:
+        share: Of zeros, from 0 to below 1.
+        group: M of an N:M pattern; None = unstructured.
+        balanced: Unstructured: every column has the same number of zeros. Those of the others
+            compete with each other.
+    """
+
+    share: float
+    group: int | None = None
+    balanced: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """N:M: N weights are kept of every M that follow each other along K.
+
+        Raises:
+            ValueError: It is not of this form, or keeps all.
+        """
+        found = _GROUPED.fullmatch(text)
+        if found is None or int(found[1]) >= int(found[2]):
+            msg = "'2:4', another N:M (N kept of every M consecutive weights, N < M)"
+            raise ValueError(msg)
+        keep, group = int(found[1]), int(found[2])
+        return cls((group - keep) / group, group)
+
+    def __str__(self) -> str:
+        """As ``parse`` reads it, or the share."""
+        if self.group is None:
+            return f"{100 * self.share:.4g} % zeros"
+        return f"{self.group - self.zeros(self.group)}:{self.group}"
+
+    def zeros(self, stop: int, start: int = 0) -> int:
+        """Zeros in rows ``start`` to ``stop`` of a column; the sum over parts of it is exact."""
+        return round(self.share * stop) - round(self.share * start)
+
+    def pruned(self, scores: np.ndarray, start: int = 0) -> np.ndarray:
+        """Where zeros belong: at the lowest scores of each column or group, or of all.
+
+        Args:
+            scores: [R, N], of equal scores the first are taken; R is a multiple of M.
+            start: Row of the whole matrix that the first score belongs to.
+
+        Returns:
+            [R, N] bool.
+        """
+        rows, columns = scores.shape
+        if self.group is None and not self.balanced:
+            mask = np.zeros(scores.size, bool)
+            count = self.zeros(start + rows, start) * columns
+            mask[np.argsort(scores, axis=None, kind="stable")[:count]] = True
+            return mask.reshape(scores.shape)
+        size = self.group or rows
+        count = self.zeros(size) if self.group else self.zeros(start + rows, start)
+        groups = np.ascontiguousarray(scores.T).reshape(columns, -1, size)
+        order = np.argsort(groups, axis=2, kind="stable")[:, :, :count]
+        mask = np.zeros(groups.shape, bool)
+        np.put_along_axis(mask, order, values=True, axis=2)
+        return np.ascontiguousarray(mask.reshape(columns, rows).T)
+
+    def holds(self, weight: np.ndarray) -> bool:
+        """Whether a matrix [K, N] has at least so many exact zeros wherever they are counted."""
+        rows, columns = weight.shape
+        if self.group is None and not self.balanced:
+            return int((weight == 0).sum()) >= self.zeros(rows) * columns
+        if self.group is not None and rows % self.group:
+            return False
+        zero = (weight == 0).reshape(-1, self.group or rows, columns)
+        return bool((zero.sum(axis=1) >= self.zeros(self.group or rows)).all())
