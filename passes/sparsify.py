@@ -115,6 +115,12 @@ class Options(PassOptions):
                 f"leave sparsity out, or add pattern={UNSTRUCTURED}"
             )
             raise ValueError(msg)
+        if self.compare != "layer":
+            msg = (
+                f"compare is '{self.compare}', but pattern={self.pattern} counts in groups of one "
+                f"output channel anyway; leave it out, or add pattern={UNSTRUCTURED}"
+            )
+            raise ValueError(msg)
         if self.allocation != "uniform":
             msg = (
                 f"allocation is '{self.allocation}', but pattern={self.pattern} gives every layer "

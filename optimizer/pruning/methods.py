@@ -12,8 +12,9 @@ import numpy as np
 from optimizer.pruning.patterns import Pattern
 from optimizer.quantization.weights import inverse_factor
 
-#: Share of the smallest norm seen that a channel counts with which was silent on the calibration
-#: data: its weights go first, the smallest of them first.
+#: Share of the smallest norm seen (SparseGPT: of the square root of the damping) that a channel
+#: counts with which was silent on the calibration data: its weights go first, and the smallest of
+#: them before the others.
 _SILENT = 1e-3
 
 
@@ -68,7 +69,9 @@ class SparseGpt:
         # The factor of H and of c H differ by a number that cancels everywhere; 1 is in range.
         mean = float(diagonal.mean(dtype=np.float64))
         damped /= np.float32(mean)
+        silent = diagonal == 0
         damped[np.diag_indices_from(damped)] += np.float32(damping)
+        damped[silent, silent] *= np.float32(_SILENT**2)
         self._factor = inverse_factor(damped)
         self._block = block
 
