@@ -315,5 +315,5 @@ def _fault(moments: np.ndarray, tokens: int) -> str | None:
     if not tokens:
         return "no valid token of its input was seen"
     if not np.isfinite(moments).all():
-        return "its input is not finite on the calibration data"
+        return "its input, or its square, is not finite on the calibration data"
     return None

