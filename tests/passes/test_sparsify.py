@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import golden_cases
@@ -15,14 +16,17 @@ from golden_cases import Case
 from outlier_cases import CONFIGS, calibration, samples, small
 
 from optimizer import graph as graphs
+from optimizer.api import optimize
 from optimizer.calibration import Calibration, input_specs
-from optimizer.errors import CalibrationError
+from optimizer.errors import CalibrationError, RecipeError
 from optimizer.gate import LEFT_OUT, Recorder, first
 from optimizer.half_weights import Widened, widened
 from optimizer.linear_layers import is_embedding, linear_at
+from optimizer.model_io import load_model
 from optimizer.pass_base import Context, Report
 from optimizer.pruning import planning
 from optimizer.pruning.patterns import Pattern
+from optimizer.recipe import make_recipe
 from optimizer.runners.ort import OrtRunner
 from optimizer.samples import load_samples
 from optimizer.structure import Linear
@@ -443,6 +447,39 @@ def test_cqil_keeps_the_pattern_in_either_order(bypass: str, before: bool) -> No
     for weight in found:
         assert TWO_OF_FOUR.holds(weight)
         assert (weight == 0).mean() == 0.5
+
+
+def test_it_belongs_before_outliertune() -> None:
+    make_recipe(["cqil", "sparsify", "outliertune"])
+    with pytest.raises(RecipeError, match="the right order is --passes sparsify,outliertune"):
+        make_recipe(["outliertune", "sparsify"])
+
+
+def int8_weights(model: ir.Model) -> dict[str, np.ndarray]:
+    tensors = {n: v.const_value for n, v in model.graph.initializers.items()}
+    return {
+        name: tensor.numpy()
+        for name, tensor in tensors.items()
+        if tensor is not None
+        and tensor.dtype in (ir.DataType.INT8, ir.DataType.UINT8)
+        and len(tensor.shape) == 2
+    }
+
+
+def test_zeros_reach_the_file_that_is_written(tmp_path: Path) -> None:
+    model = models.build(models.Config(layers=2))
+    feed = models.feed(models.Config(layers=2), batch=4, sequence=12)
+    result = optimize(
+        model, "sparsify:pattern=2:4,outliertune", calibration=feed, output=tmp_path / "s.onnx"
+    )
+    shares = []
+    for name, codes in int8_weights(load_model(result.path)).items():
+        zero = 0 if codes.dtype == np.int8 else 128
+        if "lm_head" not in name:
+            zeros = (codes == zero).reshape(-1, 4, codes.shape[1]).sum(axis=1)
+            shares.append((zeros >= 2).all())
+    assert len(shares) == 14
+    assert all(shares)
 
 
 # --- options --------------------------------------------------------------------------------------
