@@ -24,6 +24,8 @@ from optimizer.pruning.patterns import Pattern
 from optimizer.structure import Block, Experts, Linear, Mlp, Structure
 
 _TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+_CHOICE = frozenset({"Softmax", "TopK", "ArgMax"})
+_BEFORE_CHOICE = SHAPING | {"Cast", "Add", "Sigmoid"}
 _HEAD = "computes an output of the model (heads=true, or include it by name, to prune it)"
 _EMBEDDING = "embeds an input of the model (embeddings=true, or include it by name, to prune it)"
 _ROUTER = "chooses the experts of a token (include it by name to prune it)"
@@ -131,11 +133,9 @@ def _outside(linear: Linear, choice: Choice, structure: Structure) -> str | None
 
 def _routes(value: ir.Value) -> bool:
     """Whether what a layer computes is turned into a choice, not into numbers of a token."""
-    choosing = {"Softmax", "TopK", "Sigmoid", "ArgMax"}
     nodes = list(users_of(value))
-    passing = SHAPING | {"Cast", "Add"}
-    through = [node.outputs[0] for node in nodes if node.op_type in passing]
-    return any(node.op_type in choosing for node in nodes) or any(map(_routes, through))
+    through = [node.outputs[0] for node in nodes if node.op_type in _BEFORE_CHOICE]
+    return any(node.op_type in _CHOICE for node in nodes) or any(map(_routes, through))
 
 
 def _members(structure: Structure) -> dict[ir.Node, int]:

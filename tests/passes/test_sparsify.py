@@ -178,6 +178,17 @@ def test_first_layers_are_embeddings_and_those_behind_a_norm_are_not() -> None:
     assert [is_embedding(x) for x in found if isinstance(x, Linear)] == [True, False]
 
 
+def test_experts_are_pruned_and_their_router_is_not() -> None:
+    model = models.build(models.Config(layers=1, experts=3))
+    report = apply(model, method="magnitude")
+    experts = [name for name in report.sites if name.endswith(("up.weight", "gate.weight"))]
+    assert len(experts) == 6
+    assert {s.site for s in report.skipped} == {"layers.0.router.weight", "lm_head.weight"}
+    model = models.build(models.Config(layers=1, experts=3))
+    report = apply(model, method="magnitude", include="*.router.*")
+    assert "layers.0.router.weight" in report.sites
+
+
 def refusal(model: ir.Model, data: Calibration | None = None, **options: Any) -> dict[str, str]:
     report = apply(model, data, **options)
     return {skip.site: skip.reason for skip in report.skipped}
