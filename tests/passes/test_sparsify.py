@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import golden_cases
@@ -14,46 +13,25 @@ import pydantic
 import pytest
 from golden_cases import Case
 from outlier_cases import CONFIGS, calibration, samples, small
+from sparse_cases import TWO_OF_FOUR, apply, matrices
 
 from optimizer import graph as graphs
-from optimizer.api import optimize
 from optimizer.calibration import Calibration, input_specs
-from optimizer.errors import CalibrationError, RecipeError
+from optimizer.errors import CalibrationError
 from optimizer.gate import LEFT_OUT, Recorder, first
 from optimizer.half_weights import Widened, widened
 from optimizer.linear_layers import is_embedding, linear_at
-from optimizer.model_io import load_model
-from optimizer.pass_base import Context, Report
+from optimizer.pass_base import Context
 from optimizer.pruning import planning
 from optimizer.pruning.patterns import Pattern
-from optimizer.recipe import make_recipe
 from optimizer.runners.ort import OrtRunner
 from optimizer.samples import load_samples
 from optimizer.structure import Linear
-from passes.cqil import Cqil
-from passes.cqil import Options as CqilOptions
 from passes.outliertune import Options as TuneOptions
 from passes.outliertune import OutlierTune
 from passes.sparsify import Options, Sparsify
 
-TWO_OF_FOUR = Pattern.parse("2:4")
 METHODS = ["magnitude", "wanda", "sparsegpt"]
-
-
-def apply(model: ir.Model, data: Calibration | None = None, **options: Any) -> Report:
-    return Sparsify(Options(**options)).call(model, Context(calibration=data))
-
-
-def matrices(model: ir.Model) -> dict[str, np.ndarray]:
-    """Weights of all products, by name."""
-    found = {}
-    for node in model.graph:
-        linear = linear_at(node)
-        if isinstance(linear, Linear):
-            array = graphs.const(linear.weight)
-            assert array is not None
-            found[str(linear.weight.name)] = array
-    return found
 
 
 def perceptron(channels: int = 8, *, seed: int = 0) -> ir.Model:
@@ -404,93 +382,6 @@ def test_a_run_in_part_is_a_part_of_the_whole_run() -> None:
     assert len(left) == len(full) - 4  # and the head
     for name, weight in matrices(part).items():
         assert np.array_equal(weight, (full if name in report.sites else before)[name])
-
-
-# --- with other passes ----------------------------------------------------------------------------
-
-
-def nonzero_k(model: ir.Model) -> dict[str, np.ndarray]:
-    """Codes [K, N] of the int8 weights of a model."""
-    found = {}
-    for node in model.graph:
-        if node.op_type == "DequantizeLinear":
-            tensor = graphs.constant(node.inputs[0])
-            if tensor is not None and len(tensor.shape) == 2:
-                found[str(node.inputs[0].name).removesuffix("_int8")] = tensor.numpy()
-    return found
-
-
-@pytest.mark.parametrize("name", ["llama", "bert", "phi"])
-@pytest.mark.parametrize("options", [{}, {"pattern": "unstructured", "sparsity": 0.6}])
-def test_outliertune_keeps_every_zero(name: str, options: dict[str, Any]) -> None:
-    config = models.Config(**CONFIGS[name])
-    model = models.build(config)
-    data = calibration(model, config)
-    apply(model, data, **options)
-    sparse = matrices(model)
-    OutlierTune(TuneOptions(heads=False)).call(model, Context(calibration=data))
-    codes = nonzero_k(model)
-    assert len(codes) == len(sparse) - 1
-    for weight, numbers in codes.items():
-        assert (numbers[sparse[weight] == 0] == 0).all()
-        # Rounding may add zeros, and does not do so to most.
-        assert (numbers != 0).mean() > 0.8 * (sparse[weight] != 0).mean()
-
-
-def stacked_or_packed(model: ir.Model) -> list[np.ndarray]:
-    return [w for name, w in matrices(model).items() if "lm_head" not in name]
-
-
-@pytest.mark.parametrize("bypass", ["symmetric", "0"])
-@pytest.mark.parametrize("before", [True, False])
-def test_cqil_keeps_the_pattern_in_either_order(bypass: str, before: bool) -> None:
-    config = models.Config(layers=4)
-    model = models.build(config)
-    data = calibration(model, config)
-    group = CqilOptions(first=0, last=3, group=2, bypass=0 if bypass == "0" else "symmetric")
-    if before:
-        Cqil(group).call(model, Context(calibration=data))
-    apply(model, data)
-    if not before:
-        Cqil(group).call(model, Context(calibration=data))
-    found = stacked_or_packed(model)
-    assert len(found) < 4 * 7  # layers were fused
-    for weight in found:
-        assert TWO_OF_FOUR.holds(weight)
-        assert (weight == 0).mean() == 0.5
-
-
-def test_it_belongs_before_outliertune() -> None:
-    make_recipe(["cqil", "sparsify", "outliertune"])
-    with pytest.raises(RecipeError, match="the right order is --passes sparsify,outliertune"):
-        make_recipe(["outliertune", "sparsify"])
-
-
-def int8_weights(model: ir.Model) -> dict[str, np.ndarray]:
-    tensors = {n: v.const_value for n, v in model.graph.initializers.items()}
-    return {
-        name: tensor.numpy()
-        for name, tensor in tensors.items()
-        if tensor is not None
-        and tensor.dtype in (ir.DataType.INT8, ir.DataType.UINT8)
-        and len(tensor.shape) == 2
-    }
-
-
-def test_zeros_reach_the_file_that_is_written(tmp_path: Path) -> None:
-    model = models.build(models.Config(layers=2))
-    feed = models.feed(models.Config(layers=2), batch=4, sequence=12)
-    result = optimize(
-        model, "sparsify:pattern=2:4,outliertune", calibration=feed, output=tmp_path / "s.onnx"
-    )
-    shares = []
-    for name, codes in int8_weights(load_model(result.path)).items():
-        zero = 0 if codes.dtype == np.int8 else 128
-        if "lm_head" not in name:
-            zeros = (codes == zero).reshape(-1, 4, codes.shape[1]).sum(axis=1)
-            shares.append((zeros >= 2).all())
-    assert len(shares) == 14
-    assert all(shares)
 
 
 # --- options --------------------------------------------------------------------------------------
