@@ -107,6 +107,7 @@ class _Planner:
                 return [], self.skipped
             self._allocate()
         self.layers = [layer for layer in self.layers if self._is_dense(layer)]
+        self.listener.stage("sparsify: pruning")
         for group in self._rounds():
             self._round(group)
             if self.settings.sequential:
@@ -249,6 +250,7 @@ class _Planner:
         units: dict[ir.Value, list[Layer]] = {}
         for layer in self.layers:
             units.setdefault(_input(layer), []).append(layer)
+        self.listener.stage("sparsify: measuring what each layer alone does to the model")
         moments = self._energies(list(units))
         count = self.calibration.samples.count
         screen = self.calibration.limited(max(1, count // _SCREENED))
