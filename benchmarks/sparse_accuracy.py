@@ -45,14 +45,13 @@ def schemes() -> dict[str, Steps]:
         for method in METHODS:
             variant = {**options, "method": method, "compare": "output"}
             found[f"{pattern} {method}, per output"] = [("sparsify", variant)]
-    for pattern, options in PATTERNS.items():
         for method in ("wanda", "sparsegpt"):
-            variant = {**options, "method": method, "sequential": True}
-            found[f"{pattern} {method}, sequential"] = [("sparsify", variant)]
-    for pattern, options in (("50 %", HALF), ("70 %", SEVENTY)):
-        for method in METHODS:
             variant = {**options, "method": method, "allocation": "damage"}
             found[f"{pattern} {method}, by damage"] = [("sparsify", variant)]
+    for pattern in ("50 %", "2:4"):
+        for method in ("wanda", "sparsegpt"):
+            variant = {**PATTERNS[pattern], "method": method, "sequential": True}
+            found[f"{pattern} {method}, sequential"] = [("sparsify", variant)]
     found["int8"] = [("outliertune", {})]
     found["50 % sparsegpt, int8"] = [("sparsify", HALF), ("outliertune", {})]
     found["2:4 sparsegpt, int8"] = [("sparsify", {}), ("outliertune", {})]

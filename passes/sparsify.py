@@ -17,9 +17,9 @@ Cost:         the same bytes and FLOPs: zeros are stored, and only pay on a targ
               them (2:4 on a GPU, or a file that is compressed).
 Source:       Wanda (arXiv 2306.11695), SparseGPT (arXiv 2301.00774). Unlike the first, the weights
               of all output channels compete (compare=output: as published), and unlike both, layers
-              are calibrated on the dense model (sequential=true: as published): both were measured
-              to be better. Weights that are zero already stay so. Shares by damage:
-              optimizer.pruning.allocation.
+              are calibrated on the dense model (sequential=true: as published), and SparseGPT's
+              blocks of channels are small and have shares of their own: all measured to be better.
+              Weights that are zero already stay so. Shares by damage: optimizer.pruning.allocation.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ class Options(PassOptions):
     damping: float = Field(
         0.01, gt=0, le=1, description="Added to the diagonal of X'X, times its mean (sparsegpt)."
     )
-    block: int = Field(128, ge=1, description="Input channels masked at a time (sparsegpt).")
+    block: int = Field(
+        16, ge=1, description="Input channels whose zeros are chosen at a time (sparsegpt)."
+    )
     heads: bool = Field(
         default=False, description="Prune layers that compute an output, such as logits."
     )

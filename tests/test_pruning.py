@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -86,16 +84,6 @@ def test_unstructured_counts_are_exact_and_the_lowest_go_first(
     assert (balanced.sum(axis=0) == round(share * rows)).all()
 
 
-@given(share=st.floats(0, 0.99), cuts=st.lists(st.integers(0, 200), max_size=5))
-def test_counts_of_parts_add_up(share: float, cuts: list[int]) -> None:
-    edges = sorted({0, *cuts, 200})
-    pattern = Pattern(share)
-    parts = [pattern.zeros(b, a) for a, b in itertools.pairwise(edges)]
-    assert sum(parts) == pattern.zeros(200) == round(share * 200)
-    for part, (a, b) in zip(parts, itertools.pairwise(edges), strict=True):
-        assert 0 <= part <= b - a
-
-
 @pytest.mark.parametrize("text", ["", "2", "2:", "4:2", "2:2", "0:4", "2:4:8", "a:b", "-1:4"])
 def test_what_is_no_pattern_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="N kept of every M"):
@@ -160,7 +148,7 @@ def test_silent_channels_go_first_and_the_smallest_of_them() -> None:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=ids)
-@pytest.mark.parametrize("block", [5, 48, 128])
+@pytest.mark.parametrize("block", [1, 5, 48, 128])
 def test_sparsity_is_exact_in_every_group_block_and_column(pattern: Pattern, block: int) -> None:
     x, weight = correlated(48), weights(48, 20)
     new = SparseGpt(x.T @ x, block=block).prune(weight, pattern)
@@ -171,9 +159,10 @@ def test_sparsity_is_exact_in_every_group_block_and_column(pattern: Pattern, blo
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=ids)
-def test_independent_inputs_give_magnitude_and_no_update(pattern: Pattern) -> None:
+@pytest.mark.parametrize("block", [1, 16, 48])
+def test_independent_inputs_give_magnitude_and_no_update(pattern: Pattern, block: int) -> None:
     weight = weights(48, 20)
-    new = SparseGpt(np.eye(48, dtype=np.float32), block=48).prune(weight, pattern)
+    new = SparseGpt(np.eye(48, dtype=np.float32), block=block).prune(weight, pattern)
     assert np.array_equal(new, zeroed(weight, pattern.pruned(magnitude(weight))))
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 #: No unit gets more or less than the mean by this much (a measured slope does not reach further).
-REACH = 0.25
+REACH = 0.15
 #: Of a share, from one step to the next.
 STEP = 0.01
 

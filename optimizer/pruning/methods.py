@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from optimizer.pruning.patterns import Pattern
+from optimizer.pruning.patterns import Pattern, lowest, lowest_of_columns
 from optimizer.quantization.weights import inverse_factor
 
 #: Share of the smallest norm seen (SparseGPT: of the square root of the damping) that a channel
 #: counts with which was silent on the calibration data: its weights go first, and the smallest of
 #: them before the others.
 _SILENT = 1e-3
+#: Input channels whose effect on those far behind is computed in one product.
+_BATCH = 128
 
 
 def magnitude(weight: np.ndarray) -> np.ndarray:
@@ -50,19 +52,23 @@ class SparseGpt:
     Frantar and Alistarh, 2023, SparseGPT, arXiv 2301.00774, algorithm 1. With U the upper Cholesky
     factor of (H + damping * mean(diag H) I)^-1: scores w_k^2 / U_kk^2, where U_kk^2 is the k-th
     diagonal entry of the inverse of H without the channels already done; a pruned w_k is subtracted
-    from all j > k as (w_k / U_kk) U_kj. Unstructured masks are chosen for ``block`` channels at a
-    time, N:M masks for every group when it is reached.
+    from all j > k as (w_k / U_kk) U_kj.
+
+    N:M masks are chosen for every group when it is reached, unstructured ones for ``block``
+    channels when these are. How many zeros a block gets is what it would have if the scores before
+    all updates decided. (The paper gives each of its blocks the same share, which needs large
+    ones; small blocks, whose masks know of more updates, are better with shares of their own.)
 
     Where a weight is zero already it stays zero and counts.
     """
 
-    def __init__(self, moments: np.ndarray, *, damping: float = 0.01, block: int = 128) -> None:
+    def __init__(self, moments: np.ndarray, *, damping: float = 0.01, block: int = 16) -> None:
         """Factorize.
 
         Args:
             moments: H [K, K], symmetric and not all zero.
             damping: Relative to the mean of the diagonal.
-            block: Channels at a time.
+            block: Channels whose masks are chosen at a time.
         """
         damped = np.array(moments, np.float32)
         diagonal = np.diag(damped)
@@ -73,36 +79,55 @@ class SparseGpt:
         damped[np.diag_indices_from(damped)] += np.float32(damping)
         damped[silent, silent] *= np.float32(_SILENT**2)
         self._factor = inverse_factor(damped)
+        self._spread = np.square(np.diag(self._factor))[:, None]
         self._block = block
 
     def prune(self, weight: np.ndarray, pattern: Pattern) -> np.ndarray:
         """New weights [K, N] float32."""
-        factor = self._factor
         left = np.array(weight, np.float32)
         taken = left == 0
-        step = self._block if pattern.group is None else _multiple(self._block, pattern.group)
+        quota = None if pattern.group else pattern.pruned(self._scores(left, taken, 0))
+        size = pattern.group or self._block
+        step = -(-_BATCH // size) * size
         for start in range(0, len(left), step):
             stop = min(start + step, len(left))
             errors = np.zeros((stop - start, left.shape[1]), np.float32)
-            inner = pattern.group or stop - start
-            for first in range(start, stop, inner):
-                last = first + inner
-                spread = np.square(np.diag(factor)[first:last, None])
-                scores = np.square(left[first:last]) / spread
-                scores[taken[first:last]] = -1
-                pruned = pattern.pruned(scores, first) | taken[first:last]
-                for k in range(first, last):
-                    lost = pruned[k - first]
-                    errors[k - start] = np.where(lost, left[k] / factor[k, k], 0)
-                    left[k, lost] = 0
-                    if stop > k + 1:
-                        left[k + 1 : stop] -= factor[k, k + 1 : stop, None] * errors[k - start]
-            left[stop:] -= factor[start:stop, stop:].T @ errors
+            for first in range(start, stop, size):
+                last = min(first + size, stop)
+                scores = self._scores(left[first:last], taken[first:last], first)
+                if quota is None:
+                    pruned = pattern.pruned(scores)
+                elif pattern.balanced:
+                    pruned = lowest_of_columns(scores, quota[first:last].sum(axis=0))
+                else:
+                    pruned = lowest(scores, int(quota[first:last].sum()))
+                pruned |= taken[first:last]
+                self._remove(left[start:stop], pruned, errors, (start, first))
+            left[stop:] -= self._factor[start:stop, stop:].T @ errors
         return left
 
+    def _scores(self, left: np.ndarray, taken: np.ndarray, first: int) -> np.ndarray:
+        scores: np.ndarray = np.square(left) / self._spread[first : first + len(left)]
+        scores[taken] = -1
+        return scores
 
-def _multiple(block: int, group: int) -> int:
-    return -(-block // group) * group
+    def _remove(
+        self, left: np.ndarray, pruned: np.ndarray, errors: np.ndarray, at: tuple[int, int]
+    ) -> None:
+        """Set channels to zero one by one, and update the rest of the batch.
+
+        Args:
+            left: The batch [B, N], which begins at channel ``at[0]``.
+            pruned: [R, N], for the channels from ``at[1]`` on.
+            errors: [B, N], is filled in for these.
+            at: See above.
+        """
+        start, first = at
+        for k, lost in enumerate(pruned, first - start):
+            row = self._factor[start + k, start + k : start + len(left)]
+            errors[k] = np.where(lost, left[k] / row[0], 0)
+            left[k, lost] = 0
+            left[k + 1 :] -= row[1:, None] * errors[k]
 
 
 def relative_damage(weight: np.ndarray, new: np.ndarray, moments: np.ndarray | None) -> float:

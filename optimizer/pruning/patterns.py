@@ -45,27 +45,25 @@ class Pattern:
             return f"{100 * self.share:.4g} % zeros"
         return f"{self.group - self.zeros(self.group)}:{self.group}"
 
-    def zeros(self, stop: int, start: int = 0) -> int:
-        """Zeros in rows ``start`` to ``stop`` of a column; the sum over parts of it is exact."""
-        return round(self.share * stop) - round(self.share * start)
+    def zeros(self, rows: int) -> int:
+        """Zeros among ``rows`` weights of a column: all K, or those of a group."""
+        return round(self.share * rows)
 
-    def pruned(self, scores: np.ndarray, start: int = 0) -> np.ndarray:
+    def pruned(self, scores: np.ndarray) -> np.ndarray:
         """Where zeros belong: at the lowest scores of each column or group, or of all.
 
         Args:
-            scores: [R, N], of equal scores the first are taken; R is a multiple of M.
-            start: Row of the whole matrix that the first score belongs to.
+            scores: [K, N], of equal scores the first are taken; K is a multiple of M.
 
         Returns:
-            [R, N] bool.
+            [K, N] bool.
         """
         rows, columns = scores.shape
         if self.group is None and not self.balanced:
-            return _lowest(scores, self.zeros(start + rows, start) * columns)
+            return lowest(scores, self.zeros(rows) * columns)
         size = self.group or rows
-        count = self.zeros(size) if self.group else self.zeros(start + rows, start)
         groups = np.ascontiguousarray(scores.T).reshape(columns, -1, size)
-        order: np.ndarray = np.argsort(groups, axis=2, kind="stable")[:, :, :count]
+        order: np.ndarray = np.argsort(groups, axis=2, kind="stable")[:, :, : self.zeros(size)]
         mask = np.zeros(groups.shape, bool)
         np.put_along_axis(mask, order, values=True, axis=2)
         result: np.ndarray = np.ascontiguousarray(mask.reshape(columns, rows).T)
@@ -82,7 +80,7 @@ class Pattern:
         return bool((zero.sum(axis=1) >= self.zeros(self.group or rows)).all())
 
 
-def _lowest(scores: np.ndarray, count: int) -> np.ndarray:
+def lowest(scores: np.ndarray, count: int) -> np.ndarray:
     """The ``count`` lowest of scores [R, N], without the time that sorting them all takes."""
     flat = scores.ravel()
     mask = np.zeros(flat.shape, bool)
@@ -93,3 +91,11 @@ def _lowest(scores: np.ndarray, count: int) -> np.ndarray:
         mask[equal[: count - int(mask.sum())]] = True
     result: np.ndarray = mask.reshape(scores.shape)
     return result
+
+
+def lowest_of_columns(scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The ``counts`` [N] lowest of each column of scores [R, N]."""
+    order = np.argsort(scores, axis=0, kind="stable")
+    mask = np.zeros(scores.shape, bool)
+    np.put_along_axis(mask, order, np.arange(len(scores))[:, None] < counts, axis=0)
+    return mask

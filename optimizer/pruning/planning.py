@@ -50,7 +50,7 @@ class Settings:
     by_damage: bool = False
     sequential: bool = False
     damping: float = 0.01
-    block: int = 128
+    block: int = 16
 
 
 @dataclass(frozen=True)
