@@ -219,6 +219,14 @@ def test_the_number_of_tokens_does_not_matter(factor: float) -> None:
     assert np.allclose(found, expected, rtol=1e-2, atol=1e-3)
 
 
+def test_fewer_tokens_than_channels_need_no_damping_of_the_users() -> None:
+    x, weight = correlated(96, rows=8), weights(96, 6)
+    pattern = Pattern.parse("2:4")
+    new = SparseGpt(x.T @ x, damping=1e-12).prune(weight, pattern)
+    assert np.isfinite(new).all()
+    assert pattern.holds(new)
+
+
 def test_dead_inputs_are_pruned_first_and_nothing_overflows() -> None:
     x, weight = correlated(16), weights(16, 6)
     x[:, [2, 3, 9]] = 0

@@ -67,18 +67,11 @@ class SparseGpt:
 
         Args:
             moments: H [K, K], symmetric and not all zero.
-            damping: Relative to the mean of the diagonal.
+            damping: Relative to the mean of the diagonal; as many times 10 of it as it takes to
+                make H positive definite in spite of float32 roundings.
             block: Channels whose masks are chosen at a time.
         """
-        damped = np.array(moments, np.float32)
-        diagonal = np.diag(damped)
-        # The factor of H and of c H differ by a number that cancels everywhere; 1 is in range.
-        mean = float(diagonal.mean(dtype=np.float64))
-        damped /= np.float32(mean)
-        silent = diagonal == 0
-        damped[np.diag_indices_from(damped)] += np.float32(damping)
-        damped[silent, silent] *= np.float32(_SILENT**2)
-        self._factor = inverse_factor(damped)
+        self._factor = _factor(moments, damping)
         self._spread = np.square(np.diag(self._factor))[:, None]
         self._block = block
 
@@ -128,6 +121,23 @@ class SparseGpt:
             errors[k] = np.where(lost, left[k] / row[0], 0)
             left[k, lost] = 0
             left[k + 1 :] -= row[1:, None] * errors[k]
+
+
+def _factor(moments: np.ndarray, damping: float) -> np.ndarray:
+    """U of the damped H."""
+    scaled = np.array(moments, np.float32)
+    diagonal = np.diag(scaled).copy()
+    # The factor of H and of c H differ by a number that cancels everywhere; 1 is in range.
+    scaled /= np.float32(diagonal.mean(dtype=np.float64))
+    while True:
+        damped = scaled.copy()
+        damped[np.diag_indices_from(damped)] += np.float32(damping)
+        silent = diagonal == 0
+        damped[silent, silent] *= np.float32(_SILENT**2)
+        try:
+            return inverse_factor(damped)
+        except np.linalg.LinAlgError:
+            damping *= 10
 
 
 def relative_damage(weight: np.ndarray, new: np.ndarray, moments: np.ndarray | None) -> float:
