@@ -16,10 +16,12 @@ Exactness:    approximate: the function changes; by how much is in
 Cost:         the same bytes and FLOPs: zeros are stored, and only pay on a target that looks for
               them (2:4 on a GPU, or a file that is compressed).
 Source:       Wanda (arXiv 2306.11695), SparseGPT (arXiv 2301.00774). Unlike the first, the weights
-              of all output channels compete (compare=output: as published), and unlike both, layers
-              are calibrated on the dense model (sequential=true: as published), and SparseGPT's
-              blocks of channels are small and have shares of their own: all measured to be better.
-              Weights that are zero already stay so. Shares by damage: optimizer.pruning.allocation.
+              of all output channels compete (compare=output: as published; which is better depends
+              on the model). Unlike both, layers are calibrated on the dense model
+              (sequential=true: as published, dearer and as often worse as better). SparseGPT's
+              blocks of channels are small and have shares of their own, which was measured to be
+              better. Weights that are zero already stay so. Shares by damage:
+              optimizer.pruning.allocation.
 """
 
 from __future__ import annotations
