@@ -29,12 +29,12 @@ LAYERS = [
         "machine metrics inputs sample_sources samples feeds probes deviation targets memory "
         "arrays hashing listener onnx_wire gate halving elf environment diagnosis",
         "data_files graph nodes proto half_weights segments fingerprint structure norm_parts "
-        "quantized_parts block_parts special_parts blocks raising attention_masks widening "
-        "fusion checks model_tensors sparse_input notes model_functions proto_text model_input "
-        "model_writer "
+        "quantized_parts block_parts special_parts blocks linear_layers raising attention_masks "
+        "widening fusion checks model_tensors sparse_input notes model_functions proto_text "
+        "model_input model_writer "
         "model_io frontends runners",
-        "observers calibration pass_base graphsurgeon external_passes quantization precision "
-        "generation legalize",
+        "observers calibration pass_base graphsurgeon external_passes quantization pruning "
+        "precision generation legalize",
         "passes pass_template",
         "budget recipe provenance report footprint verify pipeline benchmark export inspection "
         "comparison divergence judges command_judge stages shares bisection "

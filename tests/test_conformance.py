@@ -28,6 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent
 OPTIONS: dict[str, list[dict[str, object]]] = {
     "canonicalize": [],
     "cqil": [{"first": 0, "last": 1}],
+    "sparsify": [
+        {"method": "magnitude", "heads": True, "embeddings": True},
+        {"pattern": "unstructured", "sparsity": 0.3, "allocation": "damage", "method": "wanda"},
+    ],
     "outliertune": [],
     "fuse-concurrent": [{"pack": "always", "stack": "always"}],
     "fp16": [{"io": "half"}],

@@ -31,6 +31,7 @@ from passes.cqil import Options as CqilOptions
 from passes.fuse_concurrent import FuseConcurrent
 from passes.fuse_concurrent import Options as FuseOptions
 from passes.outliertune import OutlierTune
+from passes.sparsify import Sparsify
 
 SHIPPED = Path(__file__).resolve().parent.parent / "benchmarks/models/stories12l/stories12l-kv.onnx"
 LLAMA = models.Config()
@@ -68,6 +69,11 @@ def int8(config: models.Config, *, lowered: bool = False) -> ir.Model:
 def tune(model: ir.Model, gate: Gate) -> Report:
     data = calibration(model, LLAMA)
     return OutlierTune().call(model, Context(calibration=data, gate=gate))
+
+
+def prune(model: ir.Model, gate: Gate) -> Report:
+    data = calibration(model, LLAMA)
+    return Sparsify().call(model, Context(calibration=data, gate=gate))
 
 
 def group(model: ir.Model, gate: Gate) -> Report:
@@ -114,6 +120,7 @@ EXACT: dict[str, Case] = {
 }
 APPROXIMATE: dict[str, Case] = {
     "cqil": (lambda: models.build(layers=6), group),
+    "sparsify": (lambda: models.build(LLAMA), prune),
     "outliertune": (lambda: models.build(LLAMA), tune),
     "fp16": (lambda: models.build(CACHED), narrow("fp16", "cache")),
     "bf16": (with_fill, narrow("bf16", "half")),

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from optimizer.linear_layers import is_head
 from optimizer.quantization.scales import Policy, Scheme, choose
-from optimizer.quantization.sites import MAX_CHANNELS, Kind, Site, is_head, lower_bound
+from optimizer.quantization.sites import MAX_CHANNELS, Kind, Site, lower_bound
 from optimizer.quantization.statistics import MAX_ROWS, InputStatistics
 from optimizer.quantization.weights import (
     Compensation,

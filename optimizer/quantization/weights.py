@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 #: Share of the mean diagonal added to a covariance before it is inverted (as in GPTQ): keeps it
 #: positive definite where there are fewer sample rows than channels.
@@ -65,7 +66,8 @@ class Compensation:
     Minimises ``|| rows (W - codes * scale) ||`` greedily (GPTQ, arXiv 2210.17323, algorithm 1:
     with H = X'X + damping, and U the upper Cholesky factor of H^-1, the error of channel k divided
     by U_kk is subtracted from channels j > k with factor U_kj). Channels come in order of falling
-    energy.
+    energy. Entries that are exactly 0 have the code 0, whatever the others leave them, so that a
+    sparse weight stays as sparse as it is.
     """
 
     def __init__(self, rows: np.ndarray) -> None:
@@ -80,13 +82,14 @@ class Compensation:
             return round_nearest(weight, bits)
         factor, scale = self._factor, column_scale(weight, bits)
         left = weight[self._order].astype(np.float32) / scale
+        kept = left != 0  # a pruned weight stays pruned: what it would take over goes to others
         top = np.float32(top_code(bits))
         codes = np.empty(left.shape, np.int8)
         for start in range(0, len(left), _BLOCK):
             stop = min(start + _BLOCK, len(left))
             errors = np.empty((stop - start, left.shape[1]), np.float32)
             for k in range(start, stop):
-                code = np.clip(np.rint(left[k]), -top, top)
+                code = np.clip(np.rint(left[k]), -top, top) * kept[k]
                 error = (left[k] - code) / factor[k, k]
                 codes[k], errors[k - start] = code, error
                 left[k + 1 : stop] -= factor[k, k + 1 : stop, None] * error
@@ -102,10 +105,23 @@ def _inverse_factor(rows: np.ndarray) -> np.ndarray:
     diagonal = np.diag(moments).copy()
     moments *= 1 - shrinkage(rows, moments)
     moments[np.diag_indices_from(moments)] = diagonal + DAMPING * diagonal.mean()
+    return inverse_factor(moments, rows.dtype)
+
+
+def inverse_factor(moments: np.ndarray, dtype: npt.DTypeLike = np.float32) -> np.ndarray:
+    """U [K, K], upper triangular float32, with U'U = H^-1.
+
+    Args:
+        moments: H [K, K], symmetric and positive definite (damped).
+        dtype: What the triangular factor is inverted in.
+
+    Raises:
+        numpy.linalg.LinAlgError: H is not positive definite.
+    """
     # H = LL' of the channels in reversed order gives H^-1 = U'U without a second factorization.
     # In float64: the damping makes H positive definite, but not always in float32.
     lower = np.linalg.cholesky(moments[::-1, ::-1].astype(np.float64))
-    inverse = _invert_lower(lower.astype(rows.dtype))
+    inverse = _invert_lower(lower.astype(dtype))
     result: np.ndarray = inverse[::-1, ::-1].astype(np.float32)
     return result
 
