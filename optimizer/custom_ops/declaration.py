@@ -1,0 +1,216 @@
+"""The operator ``optimize.SparseMatMul``: attributes, inputs, and its body in standard operators.
+
+y = activation(x W + bias), W [K, N] constant, stored as a bitmap and its non-zero values. The body
+is the documentation of the operator, the oracle of its tests, and what runs where the library is
+not registered: ONNX Runtime then decodes the weight once, when the session is made, and runs the
+dense product.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+DOMAIN = "optimize"
+OP_TYPE = "SparseMatMul"
+VERSION = 1
+
+#: Rows (K) and columns (N) of a tile of the stored form.
+TILE = 64
+#: Bytes of one tile's bitmap.
+BITMAP_BYTES = TILE * TILE // 8
+
+#: Inputs in order; the last three may be absent, from the end.
+INPUTS = ("x", "bitmap", "values", "offsets", "bias", "scale", "x_scale")
+#: "num_inputs" is the number of inputs; "declaration" is ``declaration_hash()``.
+ATTRIBUTES = ("K", "N", "layout", "activation", "num_inputs", "declaration")
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+
+#: Where a token's largest number is below this, its scale is that of this number.
+FLOOR = 1e-12
+#: Sums of int8 products, taken with activations moved to 0..255, must fit in int32.
+MAX_K_INT8 = 2**31 // (255 * 127)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Order of a tile's 4096 positions.
+
+    Attributes:
+        name: As in the attribute ``layout``.
+        dims: The positions, as an array of these dimensions ...
+        perm: ... give the tile [64 (k), 64 (n)] when transposed by this and reshaped.
+        int8: Whether the values are int8 with one scale per column.
+    """
+
+    name: str
+    dims: tuple[int, ...]
+    perm: tuple[int, ...]
+    int8: bool = False
+
+
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout
+    for layout in (
+        # one row of 64 columns after the other
+        Layout("n64k1", (64, 64), (0, 1)),
+        # groups of 16 columns by 4 rows: what one 64-byte instruction of int8 products takes
+        Layout("n16k4", (16, 4, 16, 4), (0, 3, 1, 2), int8=True),
+    )
+}
+
+
+def declaration_hash() -> int:
+    """A positive 63-bit number that changes whenever a model or a library must be made again."""
+    facts = {
+        "name": [DOMAIN, OP_TYPE, VERSION],
+        "inputs": INPUTS,
+        "attributes": ATTRIBUTES,
+        "activations": ACTIVATIONS,
+        "tile": TILE,
+        "floor": FLOOR,
+        "layouts": [[x.name, x.dims, x.perm, x.int8] for x in LAYOUTS.values()],
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def overload(layout: str, activation: str, inputs: int) -> str:
+    """Name of the body for a form of the operator: attributes choose among bodies by it."""
+    return f"{layout}.{activation}.{inputs}"
+
+
+class _Body:
+    """Collects the nodes of a function."""
+
+    def __init__(self) -> None:
+        self.nodes: list[ir.Node] = []
+
+    def op(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+        node = ir.node(op_type, inputs, attributes)
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def const(self, value: Any, dtype: str) -> ir.Value:
+        tensor = ir.tensor(np.array(value, dtype))
+        return self.op("Constant", value=tensor)
+
+    def attribute(self, name: str) -> ir.Value:
+        """An int attribute of the operator as int64 [1]."""
+        node = ir.Node(
+            "", "Constant", [], [ir.RefAttr("value_int", name, ir.AttributeType.INT)], num_outputs=1
+        )
+        self.nodes.append(node)
+        return self.op("Reshape", node.outputs[0], self.const([1], "int64"))
+
+
+def body(layout: str, activation: str, inputs: int) -> ir.Function:
+    """The operator as a function of standard operators (opset 21).
+
+    Args:
+        layout: A name of ``LAYOUTS``.
+        activation: One of ``ACTIVATIONS``.
+        inputs: How many of ``INPUTS`` there are: 4 or 5, for int8 values 6 or 7.
+
+    Raises:
+        ValueError: There is no such form.
+    """
+    form = LAYOUTS[layout]
+    if activation not in ACTIVATIONS or inputs not in ((6, 7) if form.int8 else (4, 5)):
+        msg = f"SparseMatMul has no form {overload(layout, activation, inputs)}"
+        raise ValueError(msg)
+    values = [ir.Value(name=name) for name in INPUTS[:inputs]]
+    given = dict(zip(INPUTS, values, strict=False))
+    b = _Body()
+    weight = _decode(b, form, given)
+    y = _int8_product(b, given, weight) if form.int8 else b.op("MatMul", given["x"], weight)
+    if "bias" in given:
+        y = b.op("Add", y, given["bias"])
+    y = _activate(b, y, activation)
+    y.name = "y"
+    graph = ir.Graph(values, [y], nodes=b.nodes, opset_imports={"": 21})
+    attributes = [ir.Attr(n, ir.AttributeType.UNDEFINED, None) for n in ATTRIBUTES]
+    return ir.Function(
+        DOMAIN, OP_TYPE, overload(layout, activation, inputs), graph=graph, attributes=attributes
+    )
+
+
+def _decode(b: _Body, layout: Layout, given: dict[str, ir.Value]) -> ir.Value:
+    """W [K, N] of the values' type."""
+    size = TILE * TILE
+    shaped = b.op("Reshape", given["bitmap"], b.const([-1, BITMAP_BYTES, 1], "int64"))
+    powers = b.const([1, 2, 4, 8, 16, 32, 64, -128], "int8")
+    bits = b.op("Cast", b.op("BitwiseAnd", shaped, powers), to=ir.DataType.BOOL.value)
+    stored = b.op("Reshape", bits, b.const([-1, size], "int64"))
+    ranks = b.op("CumSum", b.op("Cast", stored, to=ir.DataType.INT32.value), b.const(1, "int64"))
+    starts = b.op("Slice", given["offsets"], b.const([0], "int64"), b.const([-1], "int64"))
+    starts = b.op("Sub", b.op("Unsqueeze", starts, b.const([1], "int64")), b.const(1, "int32"))
+    places = b.op("Where", stored, b.op("Add", ranks, starts), b.const(0, "int32"))
+    # There is at least one value, so that place 0 can be read.
+    numbers = b.op("Gather", given["values"], places, axis=0)
+    zero = b.op("CastLike", b.const(0, "float32"), given["values"])
+    tiles = b.op("Where", stored, numbers, zero)
+    one = b.const([1], "int64")
+    last = b.const([TILE - 1], "int64")
+    edge = b.const([TILE], "int64")
+    k, n = b.attribute("K"), b.attribute("N")
+    tiles_k = b.op("Div", b.op("Add", k, last), edge)
+    tiles_n = b.op("Div", b.op("Add", n, last), edge)
+    inner = b.const(layout.dims, "int64")
+    shape = b.op("Concat", tiles_n, tiles_k, inner, axis=0)
+    rank = len(layout.dims)
+    rows = _rows_of(layout)
+    order = (1, *(2 + i for i in layout.perm[:rows]), 0, *(2 + i for i in layout.perm[rows:]))
+    if len(order) != rank + 2:  # pragma: no cover
+        raise AssertionError(order)
+    turned = b.op("Transpose", b.op("Reshape", tiles, shape), perm=order)
+    whole = b.op("Concat", b.op("Mul", tiles_k, edge), b.op("Mul", tiles_n, edge), axis=0)
+    padded = b.op("Reshape", turned, whole)
+    return b.op(
+        "Slice", padded, b.const([0, 0], "int64"), b.op("Concat", k, n, axis=0),
+        b.const([0, 1], "int64"), b.op("Concat", one, one, axis=0),
+    )  # fmt: skip
+
+
+def _rows_of(layout: Layout) -> int:
+    """How many of the permuted dimensions make up k."""
+    product, count = 1, 0
+    while product < TILE:
+        product *= layout.dims[layout.perm[count]]
+        count += 1
+    return count
+
+
+def _int8_product(b: _Body, given: dict[str, ir.Value], weight: ir.Value) -> ir.Value:
+    """Float sums of int8 codes; W8 [K, N]."""
+    x = given["x"]
+    if "x_scale" in given:
+        step = given["x_scale"]
+    else:
+        top = b.op("ReduceMax", b.op("Abs", x), b.const([-1], "int64"), keepdims=1)
+        top = b.op("Max", top, b.const(FLOOR, "float32"))
+        step = b.op("Div", top, b.const(127, "float32"))
+    codes = b.op("Round", b.op("Mul", x, b.op("Reciprocal", step)))
+    codes = b.op("Clip", codes, b.const(-128, "float32"), b.const(127, "float32"))
+    sums = b.op("MatMulInteger", b.op("Cast", codes, to=ir.DataType.INT8.value), weight)
+    # One after the other: ONNX Runtime takes the product of two scales as its own fused form, where
+    # a scale per token is read as one number (seen in 1.32).
+    y = b.op("Mul", b.op("Cast", sums, to=ir.DataType.FLOAT.value), step)
+    return b.op("Mul", y, given["scale"])
+
+
+def _activate(b: _Body, y: ir.Value, activation: str) -> ir.Value:
+    if activation == "relu":
+        return b.op("Relu", y)
+    if activation == "silu":
+        return b.op("Mul", y, b.op("Sigmoid", y))
+    if activation == "gelu":
+        return b.op("Gelu", y, approximate="none")
+    if activation == "gelu_tanh":
+        return b.op("Gelu", y, approximate="tanh")
+    return y

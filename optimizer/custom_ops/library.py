@@ -1,0 +1,54 @@
+"""Where the compiled operators lie."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from pathlib import Path
+
+from optimizer.custom_ops.declaration import declaration_hash
+from optimizer.errors import MissingDependencyError
+
+_SUFFIX = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
+_FOLDER = Path(__file__).resolve().parent.parent / "native"
+
+
+def library_path() -> Path:
+    """The library to register: ``SessionOptions.register_custom_ops_library(str(...))``.
+
+    Raises:
+        MissingDependencyError: It was not built with this installation, or from another declaration
+            of the operators.
+    """
+    return _checked(_FOLDER / f"liboptimize_ops.{_SUFFIX}")
+
+
+@functools.cache
+def _checked(path: Path) -> Path:
+    if not path.is_file():
+        raise MissingDependencyError(
+            f"the library of custom operators is not at {path}: this installation was made without "
+            "a C++ compiler. Install a C++17 compiler and cmake, then reinstall: `pip install "
+            "--force-reinstall --no-deps optimize-onnx`. Models run without it too, at the speed "
+            "of dense weights: each carries the operator's body in standard operators."
+        )
+    try:
+        built = int(_int64(ctypes.CDLL(str(path)).optimize_sparse_matmul_declaration)())
+    except (OSError, AttributeError) as error:
+        raise MissingDependencyError(
+            f"the library of custom operators at {path} cannot be loaded ({error}); rebuild it: "
+            "reinstall optimize-onnx."
+        ) from error
+    if built != declaration_hash():
+        raise MissingDependencyError(
+            f"the library of custom operators at {path} was built from another declaration "
+            f"({built}) than this version's ({declaration_hash()}); rebuild it: reinstall "
+            "optimize-onnx."
+        )
+    return path
+
+
+def _int64(function: ctypes._NamedFuncPointer) -> ctypes._NamedFuncPointer:
+    function.restype = ctypes.c_int64
+    return function
