@@ -29,6 +29,7 @@ PASS_NAMES: tuple[str, ...] = (
     "sparsify",
     "outliertune",
     "fuse-concurrent",
+    "sparse-matmul",
     "fp16",
     "bf16",
 )

@@ -27,7 +27,8 @@ LAYERS = [
     for row in (
         "errors",
         "machine metrics inputs sample_sources samples feeds probes deviation targets memory "
-        "arrays hashing listener onnx_wire gate halving elf environment diagnosis",
+        "arrays hashing listener onnx_wire gate halving sparse_cost custom_ops elf environment "
+        "diagnosis",
         "data_files graph nodes proto half_weights segments fingerprint structure norm_parts "
         "quantized_parts block_parts special_parts blocks linear_layers raising attention_masks "
         "widening fusion checks model_tensors sparse_input notes model_functions proto_text "

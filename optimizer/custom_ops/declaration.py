@@ -109,13 +109,14 @@ class _Body:
         return self.op("Reshape", node.outputs[0], self.const([1], "int64"))
 
 
-def body(layout: str, activation: str, inputs: int) -> ir.Function:
-    """The operator as a function of standard operators (opset 21).
+def body(layout: str, activation: str, inputs: int, opset: int = 21) -> ir.Function:
+    """The operator as a function of standard operators.
 
     Args:
         layout: A name of ``LAYOUTS``.
         activation: One of ``ACTIVATIONS``.
         inputs: How many of ``INPUTS`` there are: 4 or 5, for int8 values 6 or 7.
+        opset: Of the model: 18 or later, 20 or later with a Gelu.
 
     Raises:
         ValueError: There is no such form.
@@ -133,7 +134,7 @@ def body(layout: str, activation: str, inputs: int) -> ir.Function:
         y = b.op("Add", y, given["bias"])
     y = _activate(b, y, activation)
     y.name = "y"
-    graph = ir.Graph(values, [y], nodes=b.nodes, opset_imports={"": 21})
+    graph = ir.Graph(values, [y], nodes=b.nodes, opset_imports={"": opset})
     attributes = [ir.Attr(n, ir.AttributeType.UNDEFINED, None) for n in ATTRIBUTES]
     return ir.Function(
         DOMAIN, OP_TYPE, overload(layout, activation, inputs), graph=graph, attributes=attributes

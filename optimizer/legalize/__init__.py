@@ -98,6 +98,8 @@ def _lower(
     if target.full_attention_mask and not fast_cpu:
         counts["attention mask"] = ort_cpu.widen_masks(model)
     counts["opset"] = opset_rules.lower(model, opset)
+    for function in model.functions.values():  # bodies of our operators, right for every opset
+        function.opset_imports[""] = opset
     counts["stored half precision"] = widening.write_stored(model)
     return {kind: count for kind, count in counts.items() if count}, skipped
 

@@ -15,6 +15,8 @@ import onnx
 import onnx_ir as ir
 
 from optimizer import attention_masks
+from optimizer.custom_ops.declaration import DOMAIN
+from optimizer.custom_ops.library import library_path
 from optimizer.errors import MissingDependencyError, ModelError, OptimizerError, UnsupportedError
 from optimizer.proto import Part, skeleton
 from optimizer.runners.base import Feed
@@ -111,6 +113,7 @@ class OrtRunner:
         """
         self._passed: tuple[str, ...] = ()
         self._weights: list[Any] = []
+        custom_ops = (*custom_ops, *_own_library(model))
         options = session_options(threads=threads, optimize=optimize, custom_ops=custom_ops)
         if exact:
             options.add_session_config_entry(_WEIGHT_ONLY_ENTRY, _FLOAT32)
@@ -226,6 +229,19 @@ def _session(source: str | bytes, options: Any, disabled: Sequence[str]) -> Any:
 
 #: What ONNX Runtime (1.31, 1.32) says then.
 _MOVED_PAIR = "output_dtype INT8 does not match y_zero_point type UINT8"
+
+
+def _own_library(model: ir.Model | str | Path) -> tuple[Path, ...]:
+    """The library of our operators, where it exists and the model may have them.
+
+    Without it their bodies in standard operators run.
+    """
+    if isinstance(model, ir.Model) and DOMAIN not in model.graph.opset_imports:
+        return ()
+    try:
+        return (library_path(),)
+    except MissingDependencyError:
+        return ()
 
 
 def _link_files(proto: onnx.ModelProto, large: dict[str, ir.TensorProtocol], options: Any) -> None:
