@@ -1,29 +1,37 @@
-// float32 kernels: the choice between them, and the scalar one.
+// float32 kernels: the choice between them, how their work is cut into tasks, and the scalar one.
+//
+// Results do not depend on the number of threads: a task computes whole outputs, each in one order.
+// Not-a-number and infinite values of x reach every output with a stored weight at their k, as in a dense
+// product; other outputs may or may not become NaN (a dense product multiplies such x by 0, which gives NaN).
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <mutex>
+#include <new>
 #include <vector>
 
 #include "epilogue.h"
+#include "f32_forms.h"
 #include "kernels.h"
 
 namespace optimize::sparse_matmul {
 namespace {
+
+template <typename Body>
+void run_tasks(const Parallel& parallel, int64_t count, const Body& body) {
+  if (count <= 0) return;
+  parallel.run(
+      parallel.state, static_cast<size_t>(count),
+      [](void* user, size_t i) { (*static_cast<const Body*>(user))(static_cast<int64_t>(i)); },
+      const_cast<Body*>(&body));
+}
 
 class Scalar final : public Kernel {
  public:
   explicit Scalar(const Weight& weight) : w_(weight) {}
 
   void run(const float* x, int64_t M, float* y, const Parallel& parallel) const override {
-    struct Call {
-      const Weight& w;
-      const float* x;
-      int64_t M;
-      float* y;
-    } call{w_, x, M, y};
-    parallel.run(parallel.state, static_cast<size_t>(w_.tiles_n()),
-                 [](void* user, size_t strip) {
-                   const Call& c = *static_cast<Call*>(user);
-                   strip_of(c.w, static_cast<int64_t>(strip), c.x, c.M, c.y);
-                 },
-                 &call);
+    run_tasks(parallel, w_.tiles_n(), [&](int64_t strip) { strip_of(w_, strip, x, M, y); });
   }
 
  private:
@@ -49,8 +57,179 @@ class Scalar final : public Kernel {
   Weight w_;
 };
 
+// Memory of one thread that the calls in it share; grows and stays.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { std::free(data_); }
+
+  float* floats(int64_t count) {
+    if (count > size_) {
+      std::free(data_);
+      data_ = nullptr, size_ = 0;
+      const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + 63) / 64 * 64;
+      data_ = static_cast<float*>(std::aligned_alloc(64, bytes));
+      if (data_ == nullptr) throw std::bad_alloc();
+      size_ = count;
+    }
+    return data_;
+  }
+
+ private:
+  float* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+enum class Form { expand, pairs, slices };
+
+class Vectorized final : public Kernel {
+ public:
+  Vectorized(const Weight& weight, const F32Kernels& set) : w_(weight), set_(set) {
+    int64_t bits = 0;
+    for (int64_t i = 0; i < w_.tiles() * kBitmapBytes; ++i) bits += __builtin_popcount(w_.bitmap[i]);
+    density_ = static_cast<double>(bits) / (static_cast<double>(w_.K) * static_cast<double>(w_.N));
+  }
+
+  void run(const float* x, int64_t M, float* y, const Parallel& parallel) const override {
+    if (M <= 0) return;
+    switch (choose(M)) {
+      case Form::expand:
+        return run_expand(x, M, y, parallel);
+      case Form::slices:
+        return run_slices(x, y, parallel);
+      case Form::pairs:
+        return run_pairs(x, M, y, parallel);
+    }
+  }
+
+ private:
+  Form choose(int64_t M) const {
+#ifdef OPTIMIZE_TUNING
+    if (const char* f = std::getenv("FORM")) return static_cast<Form>(std::atoi(f));
+#endif
+    if (M == 1) return set_.slices && density_ <= 0.15 && w_.K <= 65536 ? Form::slices : Form::expand;
+    return M >= 16 ? Form::pairs : Form::expand;
+  }
+
+  void run_expand(const float* x, int64_t M, float* y, const Parallel& parallel) const {
+    const int64_t strips = w_.tiles_n(), groups = (M + kExpandTokens - 1) / kExpandTokens;
+    run_tasks(parallel, strips * groups, [&](int64_t i) {
+      const int64_t g = i % groups, first = M * g / groups, tokens = M * (g + 1) / groups - first;
+      set_.expand(w_, i / groups, x + first * w_.K, tokens, y + first * w_.N);
+    });
+  }
+
+  void run_slices(const float* x, float* y, const Parallel& parallel) const {
+    std::call_once(slices_once_, [&] { slices_ = make_slices(w_, set_.lanes); });
+    const Slices s{set_.lanes, slices_.steps.data(), slices_.columns.data(), slices_.rows.data(), slices_.values.data()};
+    run_tasks(parallel, (w_.N + kWindow - 1) / kWindow, [&](int64_t i) { set_.slices(w_, s, i, x, y); });
+  }
+
+  // X is transposed for a chunk of tokens, then each task makes the outputs of one tile of tokens and some strips.
+  void run_pairs(const float* x, int64_t M, float* y, const Parallel& parallel) const {
+    make_all_pairs(parallel);
+    constexpr int64_t kChunkFloats = int64_t{1} << 20;
+    const int64_t full = set_.lanes * set_.registers;
+    const int64_t most = std::max<int64_t>(1, kChunkFloats / (w_.K * full)) * full;
+    const int64_t chunks = (M + most - 1) / most;
+    for (int64_t c = 0; c < chunks; ++c) {
+      const int64_t first = std::min(M, c * most), tokens = std::min(M, first + most) - first;
+      run_chunk(x + first * w_.K, tokens, y + first * w_.N, parallel);
+    }
+  }
+
+  // Tiles of equal numbers of vectors, so that no last tile is nearly empty.
+  struct TokenTile {
+    int64_t first, tokens, vectors;
+  };
+  TokenTile tile_of(int64_t tokens, int64_t tiles, int64_t i) const {
+    const int64_t vectors = (tokens + set_.lanes - 1) / set_.lanes;
+    const int64_t begin = vectors * i / tiles, end = vectors * (i + 1) / tiles;
+    return {begin * set_.lanes, std::min(tokens, end * set_.lanes) - begin * set_.lanes, end - begin};
+  }
+
+  void run_chunk(const float* x, int64_t tokens, float* y, const Parallel& parallel) const {
+    const int64_t vectors = (tokens + set_.lanes - 1) / set_.lanes;
+    const int64_t tiles = (vectors + set_.registers - 1) / set_.registers;
+    static thread_local Scratch scratch;
+    float* xt = scratch.floats(w_.K * vectors * set_.lanes);
+
+    constexpr int64_t kRows = 256;
+    const int64_t parts = (w_.K + kRows - 1) / kRows;
+    run_tasks(parallel, tiles * parts, [&](int64_t i) {
+      const TokenTile t = tile_of(tokens, tiles, i / parts);
+      const int64_t begin = i % parts * kRows, end = std::min(w_.K, begin + kRows);
+      set_.transpose_x(x + t.first * w_.K, w_.K, begin, end, t.tokens, t.vectors, xt + t.first * w_.K);
+    });
+    const int64_t strips = w_.tiles_n(), tasks_per_tile = (strips + strips_per_task_ - 1) / strips_per_task_;
+    std::atomic<bool> failed{false};
+    run_tasks(parallel, tiles * tasks_per_tile, [&](int64_t i) {
+      const TokenTile t = tile_of(tokens, tiles, i / tasks_per_tile);
+      const int64_t begin = i % tasks_per_tile * strips_per_task_;
+      try {
+        strips_of(begin, std::min(strips, begin + strips_per_task_), xt + t.first * w_.K, t, y + t.first * w_.N);
+      } catch (const std::bad_alloc&) {
+        failed = true;
+      }
+    });
+    if (failed) throw std::bad_alloc();
+  }
+
+  void strips_of(int64_t begin, int64_t end, const float* xt, const TokenTile& t, float* y) const {
+    static thread_local Scratch scratch;
+    const int64_t width = t.vectors * set_.lanes, blocks = (w_.K + set_.block - 1) / set_.block;
+    float* sums = scratch.floats((end - begin) * kTile * width);
+    std::fill_n(sums, (end - begin) * kTile * width, 0.0f);
+    for (int64_t b = 0; b < blocks; ++b)
+      for (int64_t strip = begin; strip < end; ++strip) {
+        const StripPairs& p = pairs_[static_cast<size_t>(strip)];
+        set_.pairs(p.codes.data() + p.code_begin[static_cast<size_t>(b)],
+                   p.values.data() + p.value_begin[static_cast<size_t>(b)], xt + b * set_.block * width, t.vectors,
+                   sums + (strip - begin) * kTile * width);
+      }
+    for (int64_t strip = begin; strip < end; ++strip)
+      set_.finish_pairs(w_, strip, sums + (strip - begin) * kTile * width, t.tokens, t.vectors, y);
+  }
+
+  void make_all_pairs(const Parallel& parallel) const {
+    std::call_once(pairs_once_, [&] {
+      std::vector<StripPairs> made(static_cast<size_t>(w_.tiles_n()));
+      std::atomic<bool> failed{false};
+      run_tasks(parallel, w_.tiles_n(), [&](int64_t strip) {
+        try {
+          made[static_cast<size_t>(strip)] = make_pairs(w_, strip, set_.block);
+        } catch (const std::bad_alloc&) {
+          failed = true;
+        }
+      });
+      if (failed) throw std::bad_alloc();
+      pairs_ = std::move(made);
+    });
+  }
+
+  Weight w_;
+  const F32Kernels& set_;
+  double density_;
+  int64_t strips_per_task_ = std::getenv("SPT") ? std::atoi(std::getenv("SPT")) : 1;
+  mutable std::once_flag pairs_once_, slices_once_;
+  mutable std::vector<StripPairs> pairs_;
+  mutable OwnedSlices slices_;
+};
+
 }  // namespace
 
-std::unique_ptr<Kernel> make_f32(const Weight& weight, Isa) { return std::make_unique<Scalar>(weight); }
+std::unique_ptr<Kernel> make_f32(const Weight& weight, Isa isa) {
+  switch (isa) {
+#if defined(__x86_64__)
+    case Isa::amx:
+    case Isa::avx512:
+      return std::make_unique<Vectorized>(weight, *f32_avx512());
+#endif
+    default:
+      return std::make_unique<Scalar>(weight);
+  }
+}
 
 }  // namespace optimize::sparse_matmul

@@ -16,6 +16,7 @@ inline Vec zero() { return _mm512_setzero_ps(); }
 inline Vec broadcast(float v) { return _mm512_set1_ps(v); }
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+inline void prefetch(const float* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
 // The first n lanes, 0 <= n <= 16; the other lanes are 0 and their memory is not touched.
 inline __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }

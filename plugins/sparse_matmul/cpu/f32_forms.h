@@ -1,0 +1,27 @@
+// The two forms of a float32 weight that are derived on first use; f32_kernels.h describes them.
+#pragma once
+
+#include <vector>
+
+#include "f32_kernels.h"
+
+namespace optimize::sparse_matmul {
+
+// The pairs of one strip, for each block of K one after the other.
+struct StripPairs {
+  std::vector<uint8_t> codes;
+  std::vector<float> values;
+  std::vector<int64_t> code_begin, value_begin;  // [blocks]
+};
+StripPairs make_pairs(const Weight& w, int64_t strip, int64_t block);
+
+struct OwnedSlices {
+  std::vector<int64_t> steps;
+  std::vector<uint8_t> columns;
+  std::vector<uint16_t> rows;
+  std::vector<float> values;
+};
+// Needs K <= 65536.
+OwnedSlices make_slices(const Weight& w, int64_t lanes);
+
+}  // namespace optimize::sparse_matmul

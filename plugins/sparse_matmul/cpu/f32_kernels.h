@@ -1,0 +1,60 @@
+// What the file of one instruction set (f32_<set>.cc) offers to f32.cc, and the two forms that are derived from
+// the stored weight on first use. Plain structs and pointers only: see the warning in CMakeLists.txt.
+//
+// expand   The bitmap form as it is stored: each row of a tile is expanded to registers and multiplied by the
+//          token's x[k]. Reads the fewest bytes: for few tokens.
+// pairs    Tokens in the lanes of up to `registers` vectors, X transposed to [K][tokens]. Columns are taken in
+//          pairs, and a non-zero weight costs one multiply-add per vector: for many tokens.
+// slices   One token; columns in lanes, each lane gathers its x[k] (the SELL-C-sigma form of Kreutzer et al.,
+//          "A unified sparse matrix data format", 2014): for very sparse weights.
+#pragma once
+
+#include <cstdint>
+
+#include "../sparse_matmul.h"
+
+namespace optimize::sparse_matmul {
+
+constexpr int64_t kExpandTokens = 32;  // most tokens of one call of expand
+
+// Pairs: the columns of one strip (64 columns) in one block of K (`block` rows), two by two.
+//   codes    number of pairs; then per pair: column a, column b, n_both, n_single, then n_both rows and n_single
+//            times (row of a, row of b). Columns count within the strip and rows within the block.
+//   values   per row of `both` the weights of a and b; per single row of a its weight, and of b.
+// Where a and b have unequal numbers of single rows, the shorter is filled with row 0 and weight 0.
+
+constexpr int64_t kWindow = 128;  // columns among which slices are sorted
+
+// Slices of `lanes` columns with similar numbers of weights. Slice s has steps[s] .. steps[s + 1] steps, each of
+// `lanes` rows (uint16) and values, one per column; columns[s * lanes + lane] is the column in its window.
+struct Slices {
+  int64_t lanes = 0;
+  const int64_t* steps = nullptr;
+  const uint8_t* columns = nullptr;
+  const uint16_t* rows = nullptr;
+  const float* values = nullptr;
+};
+
+struct F32Kernels {
+  int64_t lanes;      // floats of one vector
+  int64_t registers;  // most vectors of tokens that `pairs` takes
+  int64_t block;      // rows of a block of pairs, so that a block of X stays in the first-level cache
+
+  // y of the strip's columns for M <= kExpandTokens tokens.
+  void (*expand)(const Weight& w, int64_t strip, const float* x, int64_t M, float* y);
+  // xt [K][vectors * lanes] = rows begin .. end of x^T for `tokens` tokens; the lanes after them are 0.
+  void (*transpose_x)(const float* x, int64_t K, int64_t begin, int64_t end, int64_t tokens, int64_t vectors,
+                      float* xt);
+  // sums [64][vectors * lanes] += the block's columns.
+  void (*pairs)(const uint8_t* codes, const float* values, const float* xt, int64_t vectors, float* sums);
+  // y of the strip's columns = activation(sums + bias); sums is overwritten.
+  void (*finish_pairs)(const Weight& w, int64_t strip, float* sums, int64_t tokens, int64_t vectors, float* y);
+  // y of the window's columns for one token; null where the machine has no gather.
+  void (*slices)(const Weight& w, const Slices& slices, int64_t window, const float* x, float* y);
+};
+
+const F32Kernels* f32_avx512();  // defined where CMake builds for that processor
+const F32Kernels* f32_avx2();
+const F32Kernels* f32_neon();
+
+}  // namespace optimize::sparse_matmul
