@@ -90,6 +90,10 @@ class Vectorized final : public Kernel {
     int64_t bits = 0;
     for (int64_t i = 0; i < w_.tiles() * kBitmapBytes; ++i) bits += __builtin_popcount(w_.bitmap[i]);
     density_ = static_cast<double>(bits) / (static_cast<double>(w_.K) * static_cast<double>(w_.N));
+    shape_ = set_.shape(density_);
+#ifdef OPTIMIZE_TUNING
+    if (const char* f = std::getenv("SHAPE")) shape_ = {std::atoi(f) * set_.lanes, std::atoi(f + 2)};
+#endif
   }
 
   void run(const float* x, int64_t M, float* y, const Parallel& parallel) const override {
@@ -131,8 +135,7 @@ class Vectorized final : public Kernel {
   void run_pairs(const float* x, int64_t M, float* y, const Parallel& parallel) const {
     make_all_pairs(parallel);
     constexpr int64_t kChunkFloats = int64_t{1} << 20;
-    const int64_t full = set_.lanes * set_.registers;
-    const int64_t most = std::max<int64_t>(1, kChunkFloats / (w_.K * full)) * full;
+    const int64_t most = std::max<int64_t>(1, kChunkFloats / (w_.K * shape_.stride)) * shape_.stride;
     const int64_t chunks = (M + most - 1) / most;
     for (int64_t c = 0; c < chunks; ++c) {
       const int64_t first = std::min(M, c * most), tokens = std::min(M, first + most) - first;
@@ -151,17 +154,16 @@ class Vectorized final : public Kernel {
   }
 
   void run_chunk(const float* x, int64_t tokens, float* y, const Parallel& parallel) const {
-    const int64_t vectors = (tokens + set_.lanes - 1) / set_.lanes;
-    const int64_t tiles = (vectors + set_.registers - 1) / set_.registers;
+    const int64_t tiles = (tokens + shape_.stride - 1) / shape_.stride, tile_floats = w_.K * shape_.stride;
     static thread_local Scratch scratch;
-    float* xt = scratch.floats(w_.K * vectors * set_.lanes);
+    float* xt = scratch.floats(tiles * tile_floats);
 
     constexpr int64_t kRows = 256;
     const int64_t parts = (w_.K + kRows - 1) / kRows;
     run_tasks(parallel, tiles * parts, [&](int64_t i) {
       const TokenTile t = tile_of(tokens, tiles, i / parts);
       const int64_t begin = i % parts * kRows, end = std::min(w_.K, begin + kRows);
-      set_.transpose_x(x + t.first * w_.K, w_.K, begin, end, t.tokens, t.vectors, xt + t.first * w_.K);
+      set_.transpose_x(x + t.first * w_.K, w_.K, begin, end, t.tokens, shape_.stride, xt + i / parts * tile_floats);
     });
     const int64_t strips = w_.tiles_n(), tasks_per_tile = (strips + strips_per_task_ - 1) / strips_per_task_;
     std::atomic<bool> failed{false};
@@ -169,7 +171,7 @@ class Vectorized final : public Kernel {
       const TokenTile t = tile_of(tokens, tiles, i / tasks_per_tile);
       const int64_t begin = i % tasks_per_tile * strips_per_task_;
       try {
-        strips_of(begin, std::min(strips, begin + strips_per_task_), xt + t.first * w_.K, t, y + t.first * w_.N);
+        strips_of(begin, std::min(strips, begin + strips_per_task_), xt + i / tasks_per_tile * tile_floats, t, y + t.first * w_.N);
       } catch (const std::bad_alloc&) {
         failed = true;
       }
@@ -179,18 +181,18 @@ class Vectorized final : public Kernel {
 
   void strips_of(int64_t begin, int64_t end, const float* xt, const TokenTile& t, float* y) const {
     static thread_local Scratch scratch;
-    const int64_t width = t.vectors * set_.lanes, blocks = (w_.K + set_.block - 1) / set_.block;
-    float* sums = scratch.floats((end - begin) * kTile * width);
-    std::fill_n(sums, (end - begin) * kTile * width, 0.0f);
+    const int64_t blocks = (w_.K + shape_.block - 1) / shape_.block, strip_floats = kTile * shape_.stride;
+    float* sums = scratch.floats((end - begin) * strip_floats);
+    std::fill_n(sums, (end - begin) * strip_floats, 0.0f);
     for (int64_t b = 0; b < blocks; ++b)
       for (int64_t strip = begin; strip < end; ++strip) {
         const StripPairs& p = pairs_[static_cast<size_t>(strip)];
         set_.pairs(p.codes.data() + p.code_begin[static_cast<size_t>(b)],
-                   p.values.data() + p.value_begin[static_cast<size_t>(b)], xt + b * set_.block * width, t.vectors,
-                   sums + (strip - begin) * kTile * width);
+                   p.values.data() + p.value_begin[static_cast<size_t>(b)], xt + b * shape_.block * shape_.stride, t.vectors,
+                   sums + (strip - begin) * strip_floats);
       }
     for (int64_t strip = begin; strip < end; ++strip)
-      set_.finish_pairs(w_, strip, sums + (strip - begin) * kTile * width, t.tokens, t.vectors, y);
+      set_.finish_pairs(w_, strip, sums + (strip - begin) * strip_floats, t.tokens, shape_.stride, y);
   }
 
   void make_all_pairs(const Parallel& parallel) const {
@@ -199,7 +201,7 @@ class Vectorized final : public Kernel {
       std::atomic<bool> failed{false};
       run_tasks(parallel, w_.tiles_n(), [&](int64_t strip) {
         try {
-          made[static_cast<size_t>(strip)] = make_pairs(w_, strip, set_.block);
+          made[static_cast<size_t>(strip)] = make_pairs(w_, strip, shape_);
         } catch (const std::bad_alloc&) {
           failed = true;
         }
@@ -212,6 +214,7 @@ class Vectorized final : public Kernel {
   Weight w_;
   const F32Kernels& set_;
   double density_;
+  PairShape shape_;
   int64_t strips_per_task_ = std::getenv("SPT") ? std::atoi(std::getenv("SPT")) : 1;
   mutable std::once_flag pairs_once_, slices_once_;
   mutable std::vector<StripPairs> pairs_;

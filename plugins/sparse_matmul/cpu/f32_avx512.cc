@@ -6,7 +6,7 @@
 namespace optimize::sparse_matmul {
 namespace {
 
-constexpr int64_t kRegisters = 8, kBlock = 64;
+constexpr int64_t kRegisters = 8;
 constexpr int kTokens = 13;
 constexpr int kColumns(int tokens) { return tokens <= 6 ? 4 : 2; }
 
@@ -46,10 +46,12 @@ void slices(const Weight& w, const Slices& s, int64_t window, const float* x, fl
   }
 }
 
+PairShape shape(double density) { return density < 0.15 ? PairShape{4 * kLanes, 128} : PairShape{8 * kLanes, 64}; }
+
 }  // namespace
 
 const F32Kernels* f32_avx512() {
-  static constexpr F32Kernels kKernels{kLanes, kRegisters, kBlock, expand, transpose_x, pairs, finish_pairs, slices};
+  static constexpr F32Kernels kKernels{kLanes, shape, expand, transpose_x, pairs, finish_pairs, slices};
   return &kKernels;
 }
 

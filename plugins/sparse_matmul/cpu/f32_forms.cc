@@ -29,11 +29,11 @@ void for_each(const Weight& w, int64_t tile, Body body) {
 using Columns = std::array<std::vector<Entry>, kTile>;
 
 struct Pair {
-  uint8_t a, b;
+  int64_t a, b;  // columns in the strip
   std::vector<Entry> both_a, both_b, single_a, single_b;
 
   Pair(const Columns& columns, int64_t first, int64_t second)
-      : a(static_cast<uint8_t>(first)), b(static_cast<uint8_t>(second)) {
+      : a(first), b(second) {
     auto i = columns[first].begin(), j = columns[second].begin();
     const auto i_end = columns[first].end(), j_end = columns[second].end();
     while (i != i_end || j != j_end) {
@@ -48,12 +48,13 @@ struct Pair {
   size_t singles() const { return std::max(single_a.size(), single_b.size()); }
 };
 
-void write(const Pair& pair, int64_t first, StripPairs& out) {
-  const auto row = [&](const Entry& e) { return static_cast<uint8_t>(e.k - first); };
-  const auto code = [&](size_t c) { out.codes.push_back(static_cast<uint8_t>(c)); };
-  code(pair.a), code(pair.b), code(pair.both_a.size()), code(pair.singles());
+void write(const Pair& pair, int64_t first, int64_t stride, StripPairs& out) {
+  const auto code = [&](int64_t c) { out.codes.push_back(static_cast<uint16_t>(c)); };
+  const auto place = [&](int64_t index) { code(index * stride * static_cast<int64_t>(sizeof(float))); };
+  place(pair.a), place(pair.b);
+  code(static_cast<int64_t>(pair.both_a.size())), code(static_cast<int64_t>(pair.singles()));
   for (size_t i = 0; i < pair.both_a.size(); ++i) {
-    code(row(pair.both_a[i]));
+    place(pair.both_a[i].k - first);
     out.values.push_back(pair.both_a[i].value);
     out.values.push_back(pair.both_b[i].value);
   }
@@ -61,16 +62,16 @@ void write(const Pair& pair, int64_t first, StripPairs& out) {
   for (size_t i = 0; i < pair.singles(); ++i)
     for (const auto* list : {&pair.single_a, &pair.single_b}) {
       const Entry& e = i < list->size() ? (*list)[i] : filler;
-      code(row(e));
+      place(e.k - first);
       out.values.push_back(e.value);
     }
 }
 
 }  // namespace
 
-StripPairs make_pairs(const Weight& w, int64_t strip, int64_t block) {
+StripPairs make_pairs(const Weight& w, int64_t strip, PairShape shape) {
   StripPairs out;
-  const int64_t tiles_k = w.tiles_k(), step = block / kTile;
+  const int64_t tiles_k = w.tiles_k(), step = shape.block / kTile;
   for (int64_t kt = 0; kt < tiles_k; kt += step) {
     Columns columns;
     for (int64_t t = kt; t < std::min(kt + step, tiles_k); ++t)
@@ -89,8 +90,8 @@ StripPairs make_pairs(const Weight& w, int64_t strip, int64_t block) {
     });
     out.code_begin.push_back(static_cast<int64_t>(out.codes.size()));
     out.value_begin.push_back(static_cast<int64_t>(out.values.size()));
-    out.codes.push_back(static_cast<uint8_t>(pairs.size()));
-    for (const Pair& pair : pairs) write(pair, kt * kTile, out);
+    out.codes.push_back(static_cast<uint16_t>(pairs.size()));
+    for (const Pair& pair : pairs) write(pair, kt * kTile, shape.stride, out);
   }
   out.codes.shrink_to_fit();
   out.values.shrink_to_fit();

@@ -9,11 +9,11 @@ namespace optimize::sparse_matmul {
 
 // The pairs of one strip, for each block of K one after the other.
 struct StripPairs {
-  std::vector<uint8_t> codes;
+  std::vector<uint16_t> codes;
   std::vector<float> values;
   std::vector<int64_t> code_begin, value_begin;  // [blocks]
 };
-StripPairs make_pairs(const Weight& w, int64_t strip, int64_t block);
+StripPairs make_pairs(const Weight& w, int64_t strip, PairShape shape);
 
 struct OwnedSlices {
   std::vector<int64_t> steps;

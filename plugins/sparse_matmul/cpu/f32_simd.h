@@ -4,7 +4,7 @@
 //                          kLanes floats from v
 //   kColumns(tokens)       vectors of columns that are summed in registers for so many tokens
 //   kTokens                most tokens summed at once
-//   kRegisters, kBlock     see F32Kernels
+//   kRegisters             most vectors of tokens in a tile of pairs
 #pragma once
 
 #include <cstring>
@@ -85,86 +85,78 @@ void expand(const Weight& w, int64_t strip, const float* x, int64_t M, float* y)
     }
 }
 
-// to [columns][rows] of from [rows][columns], at most kLanes each; the rest of to's rows is 0.
-void transpose_part(const float* from, int64_t from_row, int64_t rows, int64_t columns, float* to, int64_t to_row) {
-  alignas(64) float a[kLanes * kLanes] = {}, b[kLanes * kLanes];
-  for (int64_t i = 0; i < rows; ++i) store(a + i * kLanes, load_first(from + i * from_row, columns));
-  transpose(a, kLanes, b, kLanes);
-  for (int64_t j = 0; j < columns; ++j) store(to + j * to_row, load(b + j * kLanes));
+// The same of a part of from with `rows` rows and `columns` columns, at most kLanes each; lanes from `rows` on are 0.
+inline void transpose_part(const float* from, int64_t from_row, int64_t rows, int64_t columns, Vec* out) {
+  if (rows >= kLanes && columns >= kLanes) return transpose(from, from_row, out);
+  alignas(64) float part[kLanes * kLanes] = {};
+  for (int64_t i = 0; i < rows; ++i) store(part + i * kLanes, load_first(from + i * from_row, columns));
+  transpose(part, kLanes, out);
 }
 
-void transpose_x(const float* x, int64_t K, int64_t begin, int64_t end, int64_t tokens, int64_t vectors, float* xt) {
-  const int64_t width = vectors * kLanes;
-  for (int64_t k = begin; k < end; k += kLanes)
-    for (int64_t t = 0; t < width; t += kLanes) {
-      const int64_t rows = min64(kLanes, tokens - t), columns = min64(kLanes, end - k);
-      if (rows == kLanes && columns == kLanes)
-        transpose(x + t * K + k, K, xt + k * width + t, width);
-      else
-        transpose_part(x + t * K + k, K, rows < 0 ? 0 : rows, columns, xt + k * width + t, width);
+void transpose_x(const float* x, int64_t K, int64_t begin, int64_t end, int64_t tokens, int64_t stride, float* xt) {
+  for (int64_t t = 0; t < tokens; t += kLanes)
+    for (int64_t k = begin; k < end; k += kLanes) {
+      const int64_t columns = min64(kLanes, end - k);
+      Vec part[kLanes];
+      transpose_part(x + t * K + k, K, min64(kLanes, tokens - t), columns, part);
+      for (int64_t j = 0; j < columns; ++j) store(xt + (k + j) * stride + t, part[j]);
     }
 }
 
 template <int kT>
-void pairs_of(const uint8_t* codes, const float* v, const float* xt, float* sums) {
-  constexpr int64_t kWidth = kT * kLanes;
+void pairs_of(const uint16_t* codes, const float* v, const char* xt, char* sums) {
+  constexpr int64_t kBytes = sizeof(Vec);
+  const auto at = [](const char* p, int64_t bytes) { return load(reinterpret_cast<const float*>(p + bytes)); };
+  const auto put = [](char* p, int64_t bytes, Vec value) { store(reinterpret_cast<float*>(p + bytes), value); };
   for (int64_t left = *codes++; left > 0; --left) {
-    float* sum_a = sums + codes[0] * kWidth;
-    float* sum_b = sums + codes[1] * kWidth;
-    const int64_t both = codes[2], single = codes[3];
+    char *sum_a = sums + codes[0], *sum_b = sums + codes[1];
+    const uint16_t *both = codes + 4 + codes[2], *single = both + 2 * codes[3];
     codes += 4;
     Vec a[kT], b[kT];
-    for (int t = 0; t < kT; ++t) a[t] = load(sum_a + t * kLanes), b[t] = load(sum_b + t * kLanes);
-    for (int64_t i = 0; i < both; ++i, ++codes, v += 2) {
-      const float* x = xt + codes[0] * kWidth;
+    for (int t = 0; t < kT; ++t) a[t] = at(sum_a, t * kBytes), b[t] = at(sum_b, t * kBytes);
+    for (; codes != both; ++codes, v += 2) {
+      const char* x = xt + codes[0];
       const Vec wa = broadcast(v[0]), wb = broadcast(v[1]);
       for (int t = 0; t < kT; ++t) {
-        const Vec column = load(x + t * kLanes);
+        const Vec column = at(x, t * kBytes);
         a[t] = fma(wa, column, a[t]);
         b[t] = fma(wb, column, b[t]);
       }
     }
-    for (int64_t i = 0; i < single; ++i, codes += 2, v += 2) {
-      const float *xa = xt + codes[0] * kWidth, *xb = xt + codes[1] * kWidth;
+    for (; codes != single; codes += 2, v += 2) {
+      const char *xa = xt + codes[0], *xb = xt + codes[1];
       const Vec wa = broadcast(v[0]), wb = broadcast(v[1]);
-      for (int t = 0; t < kT; ++t) a[t] = fma(wa, load(xa + t * kLanes), a[t]);
-      for (int t = 0; t < kT; ++t) b[t] = fma(wb, load(xb + t * kLanes), b[t]);
+      for (int t = 0; t < kT; ++t) a[t] = fma(wa, at(xa, t * kBytes), a[t]);
+      for (int t = 0; t < kT; ++t) b[t] = fma(wb, at(xb, t * kBytes), b[t]);
     }
-    for (int t = 0; t < kT; ++t) store(sum_a + t * kLanes, a[t]), store(sum_b + t * kLanes, b[t]);
+    for (int t = 0; t < kT; ++t) put(sum_a, t * kBytes, a[t]), put(sum_b, t * kBytes, b[t]);
   }
 }
 
 template <int kT = 1>
-void pairs_by_width(const uint8_t* codes, const float* v, const float* xt, int64_t vectors, float* sums) {
+void pairs_by_width(const uint16_t* codes, const float* v, const char* xt, int64_t vectors, char* sums) {
   if constexpr (kT < kRegisters)
     if (vectors > kT) return pairs_by_width<kT + 1>(codes, v, xt, vectors, sums);
   pairs_of<kT>(codes, v, xt, sums);
 }
 
-void pairs(const uint8_t* codes, const float* values, const float* xt, int64_t vectors, float* sums) {
-  pairs_by_width(codes, values, xt, vectors, sums);
+void pairs(const uint16_t* codes, const float* values, const float* xt, int64_t vectors, float* sums) {
+  pairs_by_width(codes, values, reinterpret_cast<const char*>(xt), vectors, reinterpret_cast<char*>(sums));
 }
 
-void finish_pairs(const Weight& w, int64_t strip, float* sums, int64_t tokens, int64_t vectors, float* y) {
-  const int64_t width = vectors * kLanes, columns = min64(kTile, w.N - strip * kTile);
-  for (int64_t n = 0; n < columns; ++n) {
-    const Vec bias = broadcast(w.bias ? w.bias[strip * kTile + n] : 0.0f);
-    for (int64_t t = 0; t < width; t += kLanes) {
-      float* p = sums + n * width + t;
-      store(p, activate(w.activation, add(load(p), bias)));
-    }
-  }
-  for (int64_t n = 0; n < columns; n += kLanes)
-    for (int64_t t = 0; t < tokens; t += kLanes) {
+void finish_pairs(const Weight& w, int64_t strip, const float* sums, int64_t tokens, int64_t stride, float* y) {
+  const int64_t columns = min64(kTile, w.N - strip * kTile);
+  for (int64_t t = 0; t < tokens; t += kLanes)
+    for (int64_t n = 0; n < columns; n += kLanes) {
       const int64_t rows = min64(kLanes, tokens - t), count = min64(kLanes, columns - n);
+      const Vec bias = w.bias ? load_first(w.bias + strip * kTile + n, count) : zero();
       float* to = y + t * w.N + strip * kTile + n;
-      if (rows == kLanes && count == kLanes) {
-        transpose(sums + n * width + t, width, to, w.N);
-      } else {
-        alignas(64) float part[kLanes * kLanes];
-        transpose_part(sums + n * width + t, width, count, kLanes, part, kLanes);
-        for (int64_t m = 0; m < rows; ++m) store_first(to + m * w.N, load(part + m * kLanes), count);
-      }
+      Vec part[kLanes];
+      transpose(sums + n * stride + t, stride, part);
+      if (rows == kLanes && count == kLanes)
+        for (int64_t m = 0; m < kLanes; ++m) store(to + m * w.N, activate(w.activation, add(part[m], bias)));
+      else
+        for (int64_t m = 0; m < rows; ++m) store_first(to + m * w.N, activate(w.activation, add(part[m], bias)), count);
     }
 }
 

@@ -41,9 +41,9 @@ inline Vec where_negative(Vec v, Vec a, Vec b) {
 // v 2^n, n whole and within +-200.
 inline Vec scale(Vec v, Vec n) { return _mm512_scalef_ps(v, n); }
 
-// to[j * to_row + i] = from[i * from_row + j] for i, j < 16.
-inline void transpose(const float* from, int64_t from_row, float* to, int64_t to_row) {
-  __m512 a[16], b[16];
+// out[j][i] = from[i * from_row + j] for i, j < 16.
+inline void transpose(const float* from, int64_t from_row, Vec* out) {
+  __m512 a[16];
   // a[4 q + r] holds columns 4 q .. 4 q + 3 of rows r, r + 4, r + 8 and r + 12.
   for (int q = 0; q < 4; ++q)
     for (int r = 0; r < 4; ++r) {
@@ -57,12 +57,11 @@ inline void transpose(const float* from, int64_t from_row, float* to, int64_t to
     // 4 x 4 transposes within each quarter
     const __m512 lo01 = _mm512_unpacklo_ps(a[i], a[i + 1]), hi01 = _mm512_unpackhi_ps(a[i], a[i + 1]);
     const __m512 lo23 = _mm512_unpacklo_ps(a[i + 2], a[i + 3]), hi23 = _mm512_unpackhi_ps(a[i + 2], a[i + 3]);
-    b[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(lo01), _mm512_castps_pd(lo23)));
-    b[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(lo01), _mm512_castps_pd(lo23)));
-    b[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(hi01), _mm512_castps_pd(hi23)));
-    b[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(hi01), _mm512_castps_pd(hi23)));
+    out[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(lo01), _mm512_castps_pd(lo23)));
+    out[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(lo01), _mm512_castps_pd(lo23)));
+    out[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(hi01), _mm512_castps_pd(hi23)));
+    out[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(hi01), _mm512_castps_pd(hi23)));
   }
-  for (int j = 0; j < 16; ++j) _mm512_storeu_ps(to + j * to_row, b[j]);
 }
 
 }  // namespace
