@@ -229,6 +229,12 @@ std::unique_ptr<Kernel> make_f32(const Weight& weight, Isa isa) {
     case Isa::amx:
     case Isa::avx512:
       return std::make_unique<Vectorized>(weight, *f32_avx512());
+    case Isa::avx2:
+      return std::make_unique<Vectorized>(weight, *f32_avx2());
+#endif
+#if defined(__aarch64__)
+    case Isa::neon:
+      return std::make_unique<Vectorized>(weight, *f32_neon());
 #endif
     default:
       return std::make_unique<Scalar>(weight);
