@@ -4,27 +4,18 @@
 // Not-a-number and infinite values of x reach every output with a stored weight at their k, as in a dense
 // product; other outputs may or may not become NaN (a dense product multiplies such x by 0, which gives NaN).
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <mutex>
-#include <new>
 #include <vector>
 
 #include "epilogue.h"
 #include "f32_forms.h"
 #include "kernels.h"
+#include "parallel.h"
+#include "scratch.h"
 
 namespace optimize::sparse_matmul {
 namespace {
-
-template <typename Body>
-void run_tasks(const Parallel& parallel, int64_t count, const Body& body) {
-  if (count <= 0) return;
-  parallel.run(
-      parallel.state, static_cast<size_t>(count),
-      [](void* user, size_t i) { (*static_cast<const Body*>(user))(static_cast<int64_t>(i)); },
-      const_cast<Body*>(&body));
-}
 
 class Scalar final : public Kernel {
  public:
@@ -55,31 +46,6 @@ class Scalar final : public Kernel {
   }
 
   Weight w_;
-};
-
-// Memory of one thread that the calls in it share; grows and stays.
-class Scratch {
- public:
-  Scratch() = default;
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { std::free(data_); }
-
-  float* floats(int64_t count) {
-    if (count > size_) {
-      std::free(data_);
-      data_ = nullptr, size_ = 0;
-      const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + 63) / 64 * 64;
-      data_ = static_cast<float*>(std::aligned_alloc(64, bytes));
-      if (data_ == nullptr) throw std::bad_alloc();
-      size_ = count;
-    }
-    return data_;
-  }
-
- private:
-  float* data_ = nullptr;
-  int64_t size_ = 0;
 };
 
 enum class Form { expand, pairs, slices };
@@ -166,17 +132,12 @@ class Vectorized final : public Kernel {
       set_.transpose_x(x + t.first * w_.K, w_.K, begin, end, t.tokens, shape_.stride, xt + i / parts * tile_floats);
     });
     const int64_t strips = w_.tiles_n(), tasks_per_tile = (strips + strips_per_task_ - 1) / strips_per_task_;
-    std::atomic<bool> failed{false};
     run_tasks(parallel, tiles * tasks_per_tile, [&](int64_t i) {
       const TokenTile t = tile_of(tokens, tiles, i / tasks_per_tile);
       const int64_t begin = i % tasks_per_tile * strips_per_task_;
-      try {
-        strips_of(begin, std::min(strips, begin + strips_per_task_), xt + i / tasks_per_tile * tile_floats, t, y + t.first * w_.N);
-      } catch (const std::bad_alloc&) {
-        failed = true;
-      }
+      strips_of(begin, std::min(strips, begin + strips_per_task_), xt + i / tasks_per_tile * tile_floats, t,
+                y + t.first * w_.N);
     });
-    if (failed) throw std::bad_alloc();
   }
 
   void strips_of(int64_t begin, int64_t end, const float* xt, const TokenTile& t, float* y) const {
@@ -198,15 +159,8 @@ class Vectorized final : public Kernel {
   void make_all_pairs(const Parallel& parallel) const {
     std::call_once(pairs_once_, [&] {
       std::vector<StripPairs> made(static_cast<size_t>(w_.tiles_n()));
-      std::atomic<bool> failed{false};
-      run_tasks(parallel, w_.tiles_n(), [&](int64_t strip) {
-        try {
-          made[static_cast<size_t>(strip)] = make_pairs(w_, strip, shape_);
-        } catch (const std::bad_alloc&) {
-          failed = true;
-        }
-      });
-      if (failed) throw std::bad_alloc();
+      run_tasks(parallel, w_.tiles_n(),
+                [&](int64_t strip) { made[static_cast<size_t>(strip)] = make_pairs(w_, strip, shape_); });
       pairs_ = std::move(made);
     });
   }

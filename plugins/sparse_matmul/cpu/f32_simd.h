@@ -62,11 +62,12 @@ void expand(const Weight& w, int64_t strip, const float* x, int64_t M, float* y)
   const int64_t groups = (M + kTokens - 1) / kTokens, tiles_k = tiles_of(w.K);
   for (int64_t kt = 0; kt < tiles_k; ++kt) {
     const int64_t tile = strip * tiles_k + kt, begin = w.offsets[tile];
+    if (w.offsets[tile + 1] == begin) continue;
     const float* values = static_cast<const float*>(w.values) + begin;
     alignas(64) float copy[kTile * kTile + kTile];
     if (w.offsets[tile + 1] + kTile > w.num_values) {  // reading past the last value would leave the array
       const int64_t count = min64(w.num_values - begin, kTile * kTile);
-      if (count > 0) std::memcpy(copy, values, static_cast<size_t>(count) * sizeof(float));
+      std::memcpy(copy, values, static_cast<size_t>(count) * sizeof(float));
       values = copy;
     }
     for (int64_t g = 0; g < groups; ++g) {
