@@ -5,17 +5,17 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import mmap
 import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import native_pack
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-
-import native_pack
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "liboptimize_ops.so"
@@ -37,11 +37,21 @@ def _built() -> Path:
         pytest.skip("no installed native library, and no cmake with a C++ compiler to build one")
     build = ROOT / ".pytest_cache" / "native"
     for command in (
-        ["cmake", "-S", str(ROOT / "plugins"), "-B", str(build), "-DOPTIMIZE_WERROR=ON", "-DOPTIMIZE_CUDA=OFF"],
+        [
+            "cmake",
+            "-S",
+            str(ROOT / "plugins"),
+            "-B",
+            str(build),
+            "-DOPTIMIZE_WERROR=ON",
+            "-DOPTIMIZE_CUDA=OFF",
+        ],
         ["cmake", "--build", str(build), "--parallel", "2", "--target", "optimize_ops"],
     ):
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, f"{' '.join(command)} failed:\n{result.stdout}{result.stderr}"
+        result = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert result.returncode == 0, (
+            f"{' '.join(command)} failed:\n{result.stdout}{result.stderr}"
+        )
     return next(build.rglob(NAME))
 
 
@@ -57,7 +67,10 @@ def library() -> ctypes.CDLL:
     create.argtypes += [pointer, pointer, pointer, ctypes.c_char_p, i64]
     lib.optimize_sparse_matmul_run.argtypes = [pointer, pointer, i64, pointer, i64]
     lib.optimize_sparse_matmul_run.restype = i32
-    lib.optimize_sparse_matmul_destroy.argtypes, lib.optimize_sparse_matmul_destroy.restype = [pointer], None
+    lib.optimize_sparse_matmul_destroy.argtypes, lib.optimize_sparse_matmul_destroy.restype = (
+        [pointer],
+        None,
+    )
     return lib
 
 
@@ -91,9 +104,10 @@ class Kernel:
         self.shape, self.arrays = shape, (bitmap, offsets, values, bias, scale, x_scale)
         error = ctypes.create_string_buffer(300)
         self.handle = library().optimize_sparse_matmul_create(
-            *shape, layout, ACTIVATIONS[activation], ISAS[isa], address(bitmap), bitmap.nbytes, address(values),
-            values.size, address(offsets), offsets.size, address(bias), address(scale), address(x_scale), error,
-            len(error),
+            *shape, layout, ACTIVATIONS[activation], ISAS[isa],
+            address(bitmap), bitmap.nbytes, address(values), values.size,
+            address(offsets), offsets.size,
+            address(bias), address(scale), address(x_scale), error, len(error),
         )  # fmt: skip
         if not self.handle:
             raise ValueError(error.value.decode())
@@ -106,14 +120,34 @@ class Kernel:
         poison = np.uint32(0x7FBADBAD)  # a NaN that arithmetic does not make
         memory = np.full(rows * self.shape[1] + 2 * guard, poison, np.uint32)
         y = memory[guard : len(memory) - guard]
-        code = library().optimize_sparse_matmul_run(self.handle, address(x), rows, address(y), threads)
+        code = library().optimize_sparse_matmul_run(
+            self.handle, address(x), rows, address(y), threads
+        )
         assert code == 0
-        assert (memory[:guard] == poison).all() and (memory[len(memory) - guard :] == poison).all()
+        assert (memory[:guard] == poison).all()
+        assert (memory[len(memory) - guard :] == poison).all()
         assert not (y == poison).any()
         return y.view(np.float32).reshape(rows, self.shape[1])
 
     def close(self) -> None:
         library().optimize_sparse_matmul_destroy(self.handle)
+
+
+def guarded(array: NDArray) -> NDArray:
+    """A copy whose end is the end of a page, with a page after it that cannot be read."""
+    page = mmap.PAGESIZE
+    room = -(-max(array.nbytes, 1) // page) * page
+    memory = mmap.mmap(-1, room + page)
+    view = np.frombuffer(memory, np.uint8)
+    libc = ctypes.CDLL(None, use_errno=True)
+    no_access = 0
+    assert (
+        libc.mprotect(ctypes.c_void_p(view.ctypes.data + room), ctypes.c_size_t(page), no_access)
+        == 0
+    )
+    copy = view[room - array.nbytes : room].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 @contextmanager

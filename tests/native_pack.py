@@ -1,4 +1,4 @@
-"""Packs a dense weight into the stored form of SparseMatMul (plugins/sparse_matmul/sparse_matmul.h), with numpy."""
+"""Packs a dense weight as plugins/sparse_matmul/sparse_matmul.h describes, with numpy."""
 
 from __future__ import annotations
 
@@ -22,9 +22,13 @@ def tiles(weight: NDArray, layout: int) -> NDArray:
 
 
 def pack(weight: NDArray, layout: int) -> tuple[NDArray, NDArray, NDArray]:
-    """(bitmap uint8 [T, 512], offsets int32 [T + 1], values [V]) of `weight` [K, N]; zeros are not stored."""
+    """(bitmap uint8 [T, 512], offsets int32 [T + 1], values [V]) of `weight` [K, N]."""
     cut = tiles(weight, layout)
     stored = cut != 0
     counts = stored.sum(1)
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    return np.packbits(stored, axis=1, bitorder="little"), offsets, np.ascontiguousarray(cut[stored])
+    return (
+        np.packbits(stored, axis=1, bitorder="little"),
+        offsets,
+        np.ascontiguousarray(cut[stored]),
+    )

@@ -26,6 +26,21 @@ void for_each(const Weight& w, int64_t tile, Body body) {
   }
 }
 
+// Makes `list` as long as `size` by halving stored weights, of this list and of `others`, into two entries each. A
+// filler of weight 0 would turn an infinite x into NaN; where nothing is stored, a dense product does so too.
+void fill(std::vector<Entry>& list, std::vector<Entry>& others, size_t size) {
+  const size_t own = list.size() + others.size();
+  for (size_t i = 0; list.size() < size; ++i) {
+    Entry half{0, 0.0f};
+    if (own > 0) {
+      Entry& whole = i % own < others.size() ? others[i % own] : list[i % own - others.size()];
+      whole.value *= 0.5f;
+      half = whole;
+    }
+    list.push_back(half);
+  }
+}
+
 using Columns = std::array<std::vector<Entry>, kTile>;
 
 struct Pair {
@@ -44,27 +59,26 @@ struct Pair {
       else
         both_a.push_back(*i++), both_b.push_back(*j++);
     }
+    const size_t singles = std::max(single_a.size(), single_b.size());
+    fill(single_a, both_a, singles);
+    fill(single_b, both_b, singles);
   }
-  size_t singles() const { return std::max(single_a.size(), single_b.size()); }
 };
 
 void write(const Pair& pair, int64_t first, int64_t stride, StripPairs& out) {
   const auto code = [&](int64_t c) { out.codes.push_back(static_cast<uint16_t>(c)); };
   const auto place = [&](int64_t index) { code(index * stride * static_cast<int64_t>(sizeof(float))); };
+  const auto row = [&](const Entry& e) { place(std::max<int64_t>(e.k - first, 0)); };
   place(pair.a), place(pair.b);
-  code(static_cast<int64_t>(pair.both_a.size())), code(static_cast<int64_t>(pair.singles()));
+  code(static_cast<int64_t>(pair.both_a.size())), code(static_cast<int64_t>(pair.single_a.size()));
   for (size_t i = 0; i < pair.both_a.size(); ++i) {
-    place(pair.both_a[i].k - first);
-    out.values.push_back(pair.both_a[i].value);
-    out.values.push_back(pair.both_b[i].value);
+    row(pair.both_a[i]);
+    out.values.insert(out.values.end(), {pair.both_a[i].value, pair.both_b[i].value});
   }
-  const Entry filler{first, 0.0f};
-  for (size_t i = 0; i < pair.singles(); ++i)
-    for (const auto* list : {&pair.single_a, &pair.single_b}) {
-      const Entry& e = i < list->size() ? (*list)[i] : filler;
-      place(e.k - first);
-      out.values.push_back(e.value);
-    }
+  for (size_t i = 0; i < pair.single_a.size(); ++i) {
+    row(pair.single_a[i]), row(pair.single_b[i]);
+    out.values.insert(out.values.end(), {pair.single_a[i].value, pair.single_b[i].value});
+  }
 }
 
 }  // namespace
@@ -86,7 +100,8 @@ StripPairs make_pairs(const Weight& w, int64_t strip, PairShape shape) {
     for (size_t i = 0; i < order.size(); i += 2)
       if (!columns[order[i + 1]].empty()) pairs.emplace_back(columns, order[i], order[i + 1]);
     std::stable_sort(pairs.begin(), pairs.end(), [](const Pair& p, const Pair& q) {
-      return std::make_tuple(p.both_a.size(), p.singles()) < std::make_tuple(q.both_a.size(), q.singles());
+      return std::make_tuple(p.both_a.size(), p.single_a.size()) <
+             std::make_tuple(q.both_a.size(), q.single_a.size());
     });
     out.code_begin.push_back(static_cast<int64_t>(out.codes.size()));
     out.value_begin.push_back(static_cast<int64_t>(out.values.size()));
@@ -114,10 +129,11 @@ OwnedSlices make_slices(const Weight& w, int64_t lanes) {
     std::stable_sort(order.begin(), order.end(), [&](size_t i, size_t j) { return columns[i].size() > columns[j].size(); });
     for (size_t i = 0; i < order.size(); i += static_cast<size_t>(lanes)) {
       const size_t steps = columns[order[i]].size();
+      std::vector<Entry> none;
+      for (size_t lane = i; lane < i + static_cast<size_t>(lanes); ++lane) fill(columns[order[lane]], none, steps);
       for (size_t s = 0; s < steps; ++s)
         for (size_t lane = i; lane < i + static_cast<size_t>(lanes); ++lane) {
-          const auto& column = columns[order[lane]];
-          const Entry e = s < column.size() ? column[s] : Entry{0, 0.0f};
+          const Entry& e = columns[order[lane]][s];
           out.rows.push_back(static_cast<uint16_t>(e.k));
           out.values.push_back(e.value);
         }

@@ -28,7 +28,7 @@ struct PairShape {
 //            times (row of a, row of b). A column within the strip and a row within the block are written as the
 //            byte offset of their row of sums or X^T, index * stride * 4.
 //   values   per row of `both` the weights of a and b; per single row of a its weight, and of b.
-// Where a and b have unequal numbers of single rows, the shorter is filled with row 0 and weight 0.
+// Where a and b have unequal numbers of single rows, weights of the shorter are halved and stand twice.
 
 constexpr int64_t kWindow = 128;  // columns among which slices are sorted
 
