@@ -74,9 +74,9 @@ def test_largest_codes_do_not_saturate(tokens, activation):
     scale, x_scale = np.full(80, 2.0**-20, np.float32), np.array([1 / 128], np.float32)
     for isa in isas():
         with kernel(weight, isa, scale=scale, x_scale=x_scale, activation=activation) as made:
-                y = made(x)
-            v = 128 * (127 * 127 + 128 * 128) * 2.0**-27  # the codes are 127 and -128
-            np.testing.assert_allclose(y, activated(activation, v), 2e-6, 0, err_msg=isa)
+            y = made(x)
+        v = 128 * (127 * 127 + 128 * 128) * 2.0**-27  # the codes are 127 and -128
+        np.testing.assert_allclose(y, activated(activation, v), 2e-6, 0, err_msg=isa)
 
 
 def activated(activation: str, v: float) -> float:
