@@ -12,7 +12,6 @@
 #include "f32_forms.h"
 #include "kernels.h"
 #include "parallel.h"
-#include "scratch.h"
 
 namespace optimize::sparse_matmul {
 namespace {
@@ -52,15 +51,11 @@ enum class Form { expand, pairs, slices };
 
 class Vectorized final : public Kernel {
  public:
-  Vectorized(const Weight& weight, const F32Kernels& set) : w_(weight), set_(set) {
-    int64_t bits = 0;
-    for (int64_t i = 0; i < w_.tiles() * kBitmapBytes; ++i) bits += __builtin_popcount(w_.bitmap[i]);
-    density_ = static_cast<double>(bits) / (static_cast<double>(w_.K) * static_cast<double>(w_.N));
-    shape_ = set_.shape(density_);
-#ifdef OPTIMIZE_TUNING
-    if (const char* f = std::getenv("SHAPE")) shape_ = {std::atoi(f) * set_.lanes, std::atoi(f + 2)};
-#endif
-  }
+  Vectorized(const Weight& weight, const F32Kernels& set)
+      : w_(weight),
+        set_(set),
+        density_(density_of(weight)),
+        pairs_(weight, set.pairs, shape_of(set, density_), weight.K, make_pairs) {}
 
   void run(const float* x, int64_t M, float* y, const Parallel& parallel) const override {
     if (M <= 0) return;
@@ -70,11 +65,23 @@ class Vectorized final : public Kernel {
       case Form::slices:
         return run_slices(x, y, parallel);
       case Form::pairs:
-        return run_pairs(x, M, y, parallel);
+        return pairs_.run(x, nullptr, M, y, parallel);
     }
   }
 
  private:
+  static double density_of(const Weight& w) {
+    int64_t bits = 0;
+    for (int64_t i = 0; i < w.tiles() * kBitmapBytes; ++i) bits += __builtin_popcount(w.bitmap[i]);
+    return static_cast<double>(bits) / (static_cast<double>(w.K) * static_cast<double>(w.N));
+  }
+  static TileShape shape_of(const F32Kernels& set, double density) {
+#ifdef OPTIMIZE_TUNING
+    if (const char* f = std::getenv("SHAPE")) return {std::atoi(f) * set.lanes, std::atoi(f + 2)};
+#endif
+    return set.shape(density);
+  }
+
   Form choose(int64_t M) const {
 #ifdef OPTIMIZE_TUNING
     if (const char* f = std::getenv("FORM")) return static_cast<Form>(std::atoi(f));
@@ -97,81 +104,11 @@ class Vectorized final : public Kernel {
     run_tasks(parallel, (w_.N + kWindow - 1) / kWindow, [&](int64_t i) { set_.slices(w_, s, i, x, y); });
   }
 
-  // X is transposed for a chunk of tokens, then each task makes the outputs of one tile of tokens and some strips.
-  void run_pairs(const float* x, int64_t M, float* y, const Parallel& parallel) const {
-    make_all_pairs(parallel);
-    constexpr int64_t kChunkFloats = int64_t{1} << 20;
-    const int64_t most = std::max<int64_t>(1, kChunkFloats / (w_.K * shape_.stride)) * shape_.stride;
-    const int64_t chunks = (M + most - 1) / most;
-    for (int64_t c = 0; c < chunks; ++c) {
-      const int64_t first = std::min(M, c * most), tokens = std::min(M, first + most) - first;
-      run_chunk(x + first * w_.K, tokens, y + first * w_.N, parallel);
-    }
-  }
-
-  // Tiles of equal numbers of vectors, so that no last tile is nearly empty.
-  struct TokenTile {
-    int64_t first, tokens, vectors;
-  };
-  TokenTile tile_of(int64_t tokens, int64_t tiles, int64_t i) const {
-    const int64_t vectors = (tokens + set_.lanes - 1) / set_.lanes;
-    const int64_t begin = vectors * i / tiles, end = vectors * (i + 1) / tiles;
-    return {begin * set_.lanes, std::min(tokens, end * set_.lanes) - begin * set_.lanes, end - begin};
-  }
-
-  void run_chunk(const float* x, int64_t tokens, float* y, const Parallel& parallel) const {
-    const int64_t tiles = (tokens + shape_.stride - 1) / shape_.stride, tile_floats = w_.K * shape_.stride;
-    static thread_local Scratch scratch;
-    float* xt = scratch.floats(tiles * tile_floats);
-
-    constexpr int64_t kRows = 256;
-    const int64_t parts = (w_.K + kRows - 1) / kRows;
-    run_tasks(parallel, tiles * parts, [&](int64_t i) {
-      const TokenTile t = tile_of(tokens, tiles, i / parts);
-      const int64_t begin = i % parts * kRows, end = std::min(w_.K, begin + kRows);
-      set_.transpose_x(x + t.first * w_.K, w_.K, begin, end, t.tokens, shape_.stride, xt + i / parts * tile_floats);
-    });
-    const int64_t strips = w_.tiles_n(), tasks_per_tile = (strips + strips_per_task_ - 1) / strips_per_task_;
-    run_tasks(parallel, tiles * tasks_per_tile, [&](int64_t i) {
-      const TokenTile t = tile_of(tokens, tiles, i / tasks_per_tile);
-      const int64_t begin = i % tasks_per_tile * strips_per_task_;
-      strips_of(begin, std::min(strips, begin + strips_per_task_), xt + i / tasks_per_tile * tile_floats, t,
-                y + t.first * w_.N);
-    });
-  }
-
-  void strips_of(int64_t begin, int64_t end, const float* xt, const TokenTile& t, float* y) const {
-    static thread_local Scratch scratch;
-    const int64_t blocks = (w_.K + shape_.block - 1) / shape_.block, strip_floats = kTile * shape_.stride;
-    float* sums = scratch.floats((end - begin) * strip_floats);
-    std::fill_n(sums, (end - begin) * strip_floats, 0.0f);
-    for (int64_t b = 0; b < blocks; ++b)
-      for (int64_t strip = begin; strip < end; ++strip) {
-        const StripPairs& p = pairs_[static_cast<size_t>(strip)];
-        set_.pairs(p.codes.data() + p.code_begin[static_cast<size_t>(b)],
-                   p.values.data() + p.value_begin[static_cast<size_t>(b)], xt + b * shape_.block * shape_.stride, t.vectors,
-                   sums + (strip - begin) * strip_floats);
-      }
-    for (int64_t strip = begin; strip < end; ++strip)
-      set_.finish_pairs(w_, strip, sums + (strip - begin) * strip_floats, t.tokens, shape_.stride, y);
-  }
-
-  void make_all_pairs(const Parallel& parallel) const {
-    std::call_once(pairs_once_, [&] {
-      std::vector<StripPairs> made(static_cast<size_t>(w_.tiles_n()));
-      run_tasks(parallel, w_.tiles_n(),
-                [&](int64_t strip) { made[static_cast<size_t>(strip)] = make_pairs(w_, strip, shape_); });
-      pairs_ = std::move(made);
-    });
-  }
-
   Weight w_;
   const F32Kernels& set_;
   double density_;
-  PairShape shape_;
-  int64_t strips_per_task_ = std::getenv("SPT") ? std::atoi(std::getenv("SPT")) : 1;
-  mutable std::once_flag pairs_once_, slices_once_;
-  mutable std::vector<StripPairs> pairs_;
+  TiledProduct pairs_;
+  mutable std::once_flag slices_once_;
   mutable OwnedSlices slices_;
 };
 

@@ -42,7 +42,7 @@ inline Vec gather(const uint16_t* rows, const float* x) {
   return _mm256_i32gather_ps(x, _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(rows))), 4);
 }
 
-PairShape shape(double) { return {kRegisters * kLanes, 128}; }
+TileShape shape(double) { return {kRegisters * kLanes, 128}; }
 
 }  // namespace
 }  // namespace optimize::sparse_matmul
@@ -52,7 +52,7 @@ PairShape shape(double) { return {kRegisters * kLanes, 128}; }
 namespace optimize::sparse_matmul {
 
 const F32Kernels* f32_avx2() {
-  static constexpr F32Kernels kKernels{kLanes, shape, expand, transpose_x, pairs, finish_pairs, slices};
+  static constexpr F32Kernels kKernels{kLanes, shape, kPairs, expand, slices};
   return &kKernels;
 }
 

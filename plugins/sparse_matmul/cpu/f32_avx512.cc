@@ -26,7 +26,7 @@ inline Vec gather(const uint16_t* rows, const float* x) {
   return _mm512_i32gather_ps(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows))), x, 4);
 }
 
-PairShape shape(double density) { return density < 0.15 ? PairShape{4 * kLanes, 128} : PairShape{8 * kLanes, 64}; }
+TileShape shape(double density) { return density < 0.15 ? TileShape{4 * kLanes, 128} : TileShape{8 * kLanes, 64}; }
 
 }  // namespace
 }  // namespace optimize::sparse_matmul
@@ -36,7 +36,7 @@ PairShape shape(double density) { return density < 0.15 ? PairShape{4 * kLanes, 
 namespace optimize::sparse_matmul {
 
 const F32Kernels* f32_avx512() {
-  static constexpr F32Kernels kKernels{kLanes, shape, expand, transpose_x, pairs, finish_pairs, slices};
+  static constexpr F32Kernels kKernels{kLanes, shape, kPairs, expand, slices};
   return &kKernels;
 }
 

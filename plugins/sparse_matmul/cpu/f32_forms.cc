@@ -65,26 +65,31 @@ struct Pair {
   }
 };
 
-void write(const Pair& pair, int64_t first, int64_t stride, StripPairs& out) {
+void write(const Pair& pair, int64_t first, int64_t stride, StripLists& out) {
   const auto code = [&](int64_t c) { out.codes.push_back(static_cast<uint16_t>(c)); };
   const auto place = [&](int64_t index) { code(index * stride * static_cast<int64_t>(sizeof(float))); };
   const auto row = [&](const Entry& e) { place(std::max<int64_t>(e.k - first, 0)); };
+  const auto value = [&](const Entry& e) {
+    uint32_t bits;
+    std::memcpy(&bits, &e.value, sizeof bits);
+    out.values.push_back(bits);
+  };
   place(pair.a), place(pair.b);
   code(static_cast<int64_t>(pair.both_a.size())), code(static_cast<int64_t>(pair.single_a.size()));
   for (size_t i = 0; i < pair.both_a.size(); ++i) {
     row(pair.both_a[i]);
-    out.values.insert(out.values.end(), {pair.both_a[i].value, pair.both_b[i].value});
+    value(pair.both_a[i]), value(pair.both_b[i]);
   }
   for (size_t i = 0; i < pair.single_a.size(); ++i) {
     row(pair.single_a[i]), row(pair.single_b[i]);
-    out.values.insert(out.values.end(), {pair.single_a[i].value, pair.single_b[i].value});
+    value(pair.single_a[i]), value(pair.single_b[i]);
   }
 }
 
 }  // namespace
 
-StripPairs make_pairs(const Weight& w, int64_t strip, PairShape shape) {
-  StripPairs out;
+StripLists make_pairs(const Weight& w, int64_t strip, TileShape shape) {
+  StripLists out;
   const int64_t tiles_k = w.tiles_k(), step = shape.block / kTile;
   for (int64_t kt = 0; kt < tiles_k; kt += step) {
     Columns columns;
@@ -103,13 +108,10 @@ StripPairs make_pairs(const Weight& w, int64_t strip, PairShape shape) {
       return std::make_tuple(p.both_a.size(), p.single_a.size()) <
              std::make_tuple(q.both_a.size(), q.single_a.size());
     });
-    out.code_begin.push_back(static_cast<int64_t>(out.codes.size()));
-    out.value_begin.push_back(static_cast<int64_t>(out.values.size()));
+    out.begin_block();
     out.codes.push_back(static_cast<uint16_t>(pairs.size()));
     for (const Pair& pair : pairs) write(pair, kt * kTile, shape.stride, out);
   }
-  out.codes.shrink_to_fit();
-  out.values.shrink_to_fit();
   return out;
 }
 

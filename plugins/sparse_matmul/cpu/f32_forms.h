@@ -4,16 +4,11 @@
 #include <vector>
 
 #include "f32_kernels.h"
+#include "tiled_product.h"
 
 namespace optimize::sparse_matmul {
 
-// The pairs of one strip, for each block of K one after the other.
-struct StripPairs {
-  std::vector<uint16_t> codes;
-  std::vector<float> values;
-  std::vector<int64_t> code_begin, value_begin;  // [blocks]
-};
-StripPairs make_pairs(const Weight& w, int64_t strip, PairShape shape);
+StripLists make_pairs(const Weight& w, int64_t strip, TileShape shape);
 
 struct OwnedSlices {
   std::vector<int64_t> steps;

@@ -11,19 +11,13 @@
 
 #include <cstdint>
 
-#include "../sparse_matmul.h"
+#include "tiled.h"
 
 namespace optimize::sparse_matmul {
 
 constexpr int64_t kExpandTokens = 32;  // most tokens of one call of expand
 
-// How many tokens one tile of pairs takes and how many rows of X stay in the first-level cache meanwhile.
-struct PairShape {
-  int64_t stride;  // floats of a row of X^T or of the sums: the most tokens of a tile
-  int64_t block;   // rows of a block of K, a multiple of 64; block * stride * 4 < 2^16
-};
-
-// Pairs: the columns of one strip (64 columns) in one block of K, two by two.
+// Lists of pairs (tiled.h): the columns of one strip in one block of rows, two by two.
 //   codes    number of pairs; then per pair: column a, column b, n_both, n_single, then n_both rows and n_single
 //            times (row of a, row of b). A column within the strip and a row within the block are written as the
 //            byte offset of their row of sums or X^T, index * stride * 4.
@@ -44,16 +38,10 @@ struct Slices {
 
 struct F32Kernels {
   int64_t lanes;                       // floats of one vector
-  PairShape (*shape)(double density);  // the fastest one; `stride` at most what `pairs` can take
-
+  TileShape (*shape)(double density);  // of tiles for pairs
+  TiledKernels pairs;
   // y of the strip's columns for M <= kExpandTokens tokens.
   void (*expand)(const Weight& w, int64_t strip, const float* x, int64_t M, float* y);
-  // xt [K][stride] = rows begin .. end of x^T for `tokens` tokens; the lanes of the last vector after them are 0.
-  void (*transpose_x)(const float* x, int64_t K, int64_t begin, int64_t end, int64_t tokens, int64_t stride, float* xt);
-  // sums [64][stride] += the block's columns, for the first `vectors` vectors of tokens.
-  void (*pairs)(const uint16_t* codes, const float* values, const float* xt, int64_t vectors, float* sums);
-  // y of the strip's columns = activation(sums + bias).
-  void (*finish_pairs)(const Weight& w, int64_t strip, const float* sums, int64_t tokens, int64_t stride, float* y);
   // y of the window's columns for one token; null where the machine has no gather.
   void (*slices)(const Weight& w, const Slices& slices, int64_t window, const float* x, float* y);
 };

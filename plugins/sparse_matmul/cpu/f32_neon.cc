@@ -43,12 +43,12 @@ namespace optimize::sparse_matmul {
 namespace {
 
 // 10 registers of a and of b, one of x and two of weights, of 32.
-PairShape shape(double) { return {kRegisters * kLanes, 128}; }
+TileShape shape(double) { return {kRegisters * kLanes, 128}; }
 
 }  // namespace
 
 const F32Kernels* f32_neon() {
-  static constexpr F32Kernels kKernels{kLanes, shape, expand, transpose_x, pairs, finish_pairs, nullptr};
+  static constexpr F32Kernels kKernels{kLanes, shape, kPairs, expand, nullptr};
   return &kKernels;
 }
 

@@ -10,13 +10,13 @@
 #include <cstring>
 
 #include "f32_kernels.h"
+#include "tiled_simd.h"
 
 namespace optimize::sparse_matmul {
 namespace {
 
 constexpr int64_t kStripVectors = kTile / kLanes;
 
-inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t tiles_of(int64_t size) { return (size + kTile - 1) / kTile; }
 
 // acc [tokens][64] += x rows of one tile. v must have kTile floats after the tile's last value.
@@ -86,26 +86,14 @@ void expand(const Weight& w, int64_t strip, const float* x, int64_t M, float* y)
     }
 }
 
-// The same of a part of from with `rows` rows and `columns` columns, at most kLanes each; lanes from `rows` on are 0.
-inline void transpose_part(const float* from, int64_t from_row, int64_t rows, int64_t columns, Vec* out) {
-  if (rows >= kLanes && columns >= kLanes) return transpose(from, from_row, out);
-  alignas(64) float part[kLanes * kLanes] = {};
-  for (int64_t i = 0; i < rows; ++i) store(part + i * kLanes, load_first(from + i * from_row, columns));
-  transpose(part, kLanes, out);
-}
-
-void transpose_x(const float* x, int64_t K, int64_t begin, int64_t end, int64_t tokens, int64_t stride, float* xt) {
-  for (int64_t t = 0; t < tokens; t += kLanes)
-    for (int64_t k = begin; k < end; k += kLanes) {
-      const int64_t columns = min64(kLanes, end - k);
-      Vec part[kLanes];
-      transpose_part(x + t * K + k, K, min64(kLanes, tokens - t), columns, part);
-      for (int64_t j = 0; j < columns; ++j) store(xt + (k + j) * stride + t, part[j]);
-    }
+inline Vec broadcast_bits(const uint32_t* v) {
+  float value;
+  std::memcpy(&value, v, sizeof value);
+  return broadcast(value);
 }
 
 template <int kT>
-void pairs_of(const uint16_t* codes, const float* v, const char* xt, char* sums) {
+void pairs_of(const uint16_t* codes, const uint32_t* v, const char* xt, char* sums) {
   constexpr int64_t kBytes = sizeof(Vec);
   const auto at = [](const char* p, int64_t bytes) { return load(reinterpret_cast<const float*>(p + bytes)); };
   const auto put = [](char* p, int64_t bytes, Vec value) { store(reinterpret_cast<float*>(p + bytes), value); };
@@ -117,7 +105,7 @@ void pairs_of(const uint16_t* codes, const float* v, const char* xt, char* sums)
     for (int t = 0; t < kT; ++t) a[t] = at(sum_a, t * kBytes), b[t] = at(sum_b, t * kBytes);
     for (; codes != both; ++codes, v += 2) {
       const char* x = xt + codes[0];
-      const Vec wa = broadcast(v[0]), wb = broadcast(v[1]);
+      const Vec wa = broadcast_bits(v), wb = broadcast_bits(v + 1);
       for (int t = 0; t < kT; ++t) {
         const Vec column = at(x, t * kBytes);
         a[t] = fma(wa, column, a[t]);
@@ -126,7 +114,7 @@ void pairs_of(const uint16_t* codes, const float* v, const char* xt, char* sums)
     }
     for (; codes != single; codes += 2, v += 2) {
       const char *xa = xt + codes[0], *xb = xt + codes[1];
-      const Vec wa = broadcast(v[0]), wb = broadcast(v[1]);
+      const Vec wa = broadcast_bits(v), wb = broadcast_bits(v + 1);
       for (int t = 0; t < kT; ++t) a[t] = fma(wa, at(xa, t * kBytes), a[t]);
       for (int t = 0; t < kT; ++t) b[t] = fma(wb, at(xb, t * kBytes), b[t]);
     }
@@ -135,31 +123,26 @@ void pairs_of(const uint16_t* codes, const float* v, const char* xt, char* sums)
 }
 
 template <int kT = 1>
-void pairs_by_width(const uint16_t* codes, const float* v, const char* xt, int64_t vectors, char* sums) {
+void pairs_by_width(const uint16_t* codes, const uint32_t* v, const char* xt, int64_t vectors, char* sums) {
   if constexpr (kT < kRegisters)
     if (vectors > kT) return pairs_by_width<kT + 1>(codes, v, xt, vectors, sums);
   pairs_of<kT>(codes, v, xt, sums);
 }
 
-void pairs(const uint16_t* codes, const float* values, const float* xt, int64_t vectors, float* sums) {
-  pairs_by_width(codes, values, reinterpret_cast<const char*>(xt), vectors, reinterpret_cast<char*>(sums));
+void pairs(const uint16_t* codes, const uint32_t* values, const void* xt, int64_t vectors, void* sums) {
+  pairs_by_width(codes, values, static_cast<const char*>(xt), vectors, static_cast<char*>(sums));
 }
 
-void finish_pairs(const Weight& w, int64_t strip, const float* sums, int64_t tokens, int64_t stride, float* y) {
-  const int64_t columns = min64(kTile, w.N - strip * kTile);
-  for (int64_t t = 0; t < tokens; t += kLanes)
-    for (int64_t n = 0; n < columns; n += kLanes) {
-      const int64_t rows = min64(kLanes, tokens - t), count = min64(kLanes, columns - n);
-      const Vec bias = w.bias ? load_first(w.bias + strip * kTile + n, count) : zero();
-      float* to = y + t * w.N + strip * kTile + n;
-      Vec part[kLanes];
-      transpose(sums + n * stride + t, stride, part);
-      if (rows == kLanes && count == kLanes)
-        for (int64_t m = 0; m < kLanes; ++m) store(to + m * w.N, activate(w.activation, add(part[m], bias)));
-      else
-        for (int64_t m = 0; m < rows; ++m) store_first(to + m * w.N, activate(w.activation, add(part[m], bias)), count);
-    }
+void finish_pairs(const Weight& w, int64_t strip, const void* sums, const float*, int64_t tokens, int64_t stride,
+                  float* y) {
+  const int64_t first = strip * kTile;
+  finish_columns(sums, min64(kTile, w.N - first), tokens, stride, [&](Vec v, int64_t m, int64_t n, int64_t count) {
+    if (w.bias) v = add(v, load_first(w.bias + first + n, count));
+    store_columns(y + m * w.N + first + n, activate(w.activation, v), count);
+  });
 }
+
+constexpr TiledKernels kPairs{kLanes, transpose_elements, pairs, finish_pairs};
 
 }  // namespace
 }  // namespace optimize::sparse_matmul

@@ -87,6 +87,13 @@ inline Vec columns_of(const Sums& sums, int64_t n) {
   return _mm256_cvtepi32_ps(_mm256_permute4x64_epi64(halves, 0xd8));
 }
 
+using Integers = __m256i;
+constexpr int64_t kRegisters = 12, kBlock = 64;
+inline Integers load_integers(const char* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline void store_integers(char* p, Integers v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+inline Integers broadcast_integers(uint32_t bits) { return _mm256_set1_epi32(static_cast<int>(bits)); }
+inline Integers dot(Integers w, Integers x, Integers sum) { return _mm256_add_epi32(sum, _mm256_madd_epi16(w, x)); }
+
 float quantize(const float* x, int64_t K, const float* x_scale, void* codes) {
   int16_t* q = static_cast<int16_t*>(codes);
   Vec top = zero();
@@ -115,9 +122,6 @@ float quantize(const float* x, int64_t K, const float* x_scale, void* codes) {
 
 namespace optimize::sparse_matmul {
 
-const S8Kernels* s8_avx2() {
-  static constexpr S8Kernels kKernels{sizeof(Code), quantize, expand};
-  return &kKernels;
-}
+const S8Kernels* s8_avx2() { return &kKernels; }
 
 }  // namespace optimize::sparse_matmul

@@ -69,6 +69,15 @@ void dot_tile(const int8_t* dense, const int8_t* codes, int64_t row, int64_t M, 
 
 inline Vec columns_of(const Sums& sums, int64_t n) { return vcvtq_f32_s32(vld1q_s32(sums.lane + n)); }
 
+using Integers = int8x16_t;
+constexpr int64_t kRegisters = 16, kBlock = 64;
+inline Integers load_integers(const char* p) { return vld1q_s8(reinterpret_cast<const int8_t*>(p)); }
+inline void store_integers(char* p, Integers v) { vst1q_s8(reinterpret_cast<int8_t*>(p), v); }
+inline Integers broadcast_integers(uint32_t bits) { return vreinterpretq_s8_u32(vdupq_n_u32(bits)); }
+inline Integers dot(Integers w, Integers x, Integers sum) {
+  return vreinterpretq_s8_s32(vdotq_s32(vreinterpretq_s32_s8(sum), w, x));
+}
+
 float quantize(const float* x, int64_t K, const float* x_scale, void* codes) {
   int8_t* q = static_cast<int8_t*>(codes);
   Vec top = zero();
@@ -94,9 +103,6 @@ float quantize(const float* x, int64_t K, const float* x_scale, void* codes) {
 
 namespace optimize::sparse_matmul {
 
-const S8Kernels* s8_neon() {
-  static constexpr S8Kernels kKernels{sizeof(Code), quantize, expand};
-  return &kKernels;
-}
+const S8Kernels* s8_neon() { return &kKernels; }
 
 }  // namespace optimize::sparse_matmul

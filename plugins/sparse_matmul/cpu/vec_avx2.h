@@ -40,6 +40,7 @@ inline Vec scale(Vec v, Vec n) {
   const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
   return mul(mul(v, power(half)), power(_mm256_sub_epi32(whole, half)));
 }
+inline Vec from_integers(Vec bits) { return _mm256_cvtepi32_ps(_mm256_castps_si256(bits)); }
 
 inline void transpose(const float* from, int64_t from_row, Vec* out) {
   __m256 a[8];

@@ -40,6 +40,8 @@ inline Vec where_negative(Vec v, Vec a, Vec b) {
 }
 // v 2^n, n whole and within +-200.
 inline Vec scale(Vec v, Vec n) { return _mm512_scalef_ps(v, n); }
+// The int32 numbers whose bits the lanes have, as floats.
+inline Vec from_integers(Vec bits) { return _mm512_cvtepi32_ps(_mm512_castps_si512(bits)); }
 
 // out[j][i] = from[i * from_row + j] for i, j < 16.
 inline void transpose(const float* from, int64_t from_row, Vec* out) {

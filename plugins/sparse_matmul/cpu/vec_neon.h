@@ -44,6 +44,7 @@ inline Vec scale(Vec v, Vec n) {
   const int32x4_t whole = vcvtq_s32_f32(n), half = vshrq_n_s32(whole, 1);
   return mul(mul(v, power(half)), power(vsubq_s32(whole, half)));
 }
+inline Vec from_integers(Vec bits) { return vcvtq_f32_s32(vreinterpretq_s32_f32(bits)); }
 
 inline void transpose(const float* from, int64_t from_row, Vec* out) {
   const Vec a = load(from), b = load(from + from_row), c = load(from + 2 * from_row), d = load(from + 3 * from_row);
