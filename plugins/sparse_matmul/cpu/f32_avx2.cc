@@ -52,7 +52,7 @@ TileShape shape(double) { return {kRegisters * kLanes, 128}; }
 namespace optimize::sparse_matmul {
 
 const F32Kernels* f32_avx2() {
-  static constexpr F32Kernels kKernels{kLanes, shape, kPairs, expand, slices};
+  static constexpr F32Kernels kKernels{kLanes, shape, 2.0, 8.0, kPairs, expand, slices};
   return &kKernels;
 }
 

@@ -36,7 +36,7 @@ TileShape shape(double density) { return density < 0.15 ? TileShape{4 * kLanes, 
 namespace optimize::sparse_matmul {
 
 const F32Kernels* f32_avx512() {
-  static constexpr F32Kernels kKernels{kLanes, shape, kPairs, expand, slices};
+  static constexpr F32Kernels kKernels{kLanes, shape, 2.0, 28.0, kPairs, expand, slices};
   return &kKernels;
 }
 

@@ -118,15 +118,13 @@ StripLists make_pairs(const Weight& w, int64_t strip, TileShape shape) {
 OwnedSlices make_slices(const Weight& w, int64_t lanes) {
   OwnedSlices out;
   out.steps.push_back(0);
-  const int64_t tiles_k = w.tiles_k();
-  for (int64_t begin = 0; begin < w.N; begin += kWindow) {
-    std::array<std::vector<Entry>, kWindow> columns;
-    for (int64_t strip = begin / kTile; strip < std::min((begin + kWindow) / kTile, w.tiles_n()); ++strip)
-      for (int64_t kt = 0; kt < tiles_k; ++kt)
-        for_each(w, strip * tiles_k + kt, [&](int64_t n, int64_t k, float v) {
-          columns[static_cast<size_t>(strip * kTile - begin + n)].push_back({k, v});
-        });
-    std::vector<size_t> order(static_cast<size_t>((std::min(kWindow, w.N - begin) + lanes - 1) / lanes * lanes));
+  for (int64_t strip = 0; strip < w.tiles_n(); ++strip) {
+    Columns columns;
+    for (int64_t kt = 0; kt < w.tiles_k(); ++kt)
+      for_each(w, strip * w.tiles_k() + kt,
+               [&](int64_t n, int64_t k, float v) { columns[static_cast<size_t>(n)].push_back({k, v}); });
+    const int64_t used = std::min(kTile, w.N - strip * kTile);
+    std::vector<size_t> order(static_cast<size_t>((used + lanes - 1) / lanes * lanes));
     std::iota(order.begin(), order.end(), size_t{0});
     std::stable_sort(order.begin(), order.end(), [&](size_t i, size_t j) { return columns[i].size() > columns[j].size(); });
     for (size_t i = 0; i < order.size(); i += static_cast<size_t>(lanes)) {

@@ -24,10 +24,8 @@ constexpr int64_t kExpandTokens = 32;  // most tokens of one call of expand
 //   values   per row of `both` the weights of a and b; per single row of a its weight, and of b.
 // Where a and b have unequal numbers of single rows, weights of the shorter are halved and stand twice.
 
-constexpr int64_t kWindow = 128;  // columns among which slices are sorted
-
-// Slices of `lanes` columns with similar numbers of weights. Slice s has steps[s] .. steps[s + 1] steps, each of
-// `lanes` rows (uint16) and values, one per column; columns[s * lanes + lane] is the column in its window.
+// Slices of `lanes` columns of one strip with similar numbers of weights. Slice s has steps[s] .. steps[s + 1] steps, each of
+// `lanes` rows (uint16) and values, one per column; columns[s * lanes + lane] is the column in its strip.
 struct Slices {
   int64_t lanes = 0;
   const int64_t* steps = nullptr;
@@ -39,11 +37,12 @@ struct Slices {
 struct F32Kernels {
   int64_t lanes;                       // floats of one vector
   TileShape (*shape)(double density);  // of tiles for pairs
+  double pairs_from, pairs_per_density;  // pairs for M >= pairs_from + pairs_per_density * density, measured
   TiledKernels pairs;
   // y of the strip's columns for M <= kExpandTokens tokens.
   void (*expand)(const Weight& w, int64_t strip, const float* x, int64_t M, float* y);
-  // y of the window's columns for one token; null where the machine has no gather.
-  void (*slices)(const Weight& w, const Slices& slices, int64_t window, const float* x, float* y);
+  // y of the strip's columns for one token; null where the machine has no gather.
+  void (*slices)(const Weight& w, const Slices& slices, int64_t strip, const float* x, float* y);
 };
 
 const F32Kernels* f32_avx512();  // defined where CMake builds for that processor

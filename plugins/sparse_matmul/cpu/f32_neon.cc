@@ -48,7 +48,7 @@ TileShape shape(double) { return {kRegisters * kLanes, 128}; }
 }  // namespace
 
 const F32Kernels* f32_neon() {
-  static constexpr F32Kernels kKernels{kLanes, shape, kPairs, expand, nullptr};
+  static constexpr F32Kernels kKernels{kLanes, shape, 2.0, 8.0, kPairs, expand, nullptr};
   return &kKernels;
 }
 

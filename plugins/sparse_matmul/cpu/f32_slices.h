@@ -6,10 +6,10 @@
 namespace optimize::sparse_matmul {
 namespace {
 
-void slices(const Weight& w, const Slices& s, int64_t window, const float* x, float* y) {
-  const int64_t columns = min64(kWindow, w.N - window * kWindow), count = (columns + kLanes - 1) / kLanes;
-  alignas(64) float sums[kWindow];
-  for (int64_t i = window * (kWindow / kLanes); i < window * (kWindow / kLanes) + count; ++i) {
+void slices(const Weight& w, const Slices& s, int64_t strip, const float* x, float* y) {
+  const int64_t columns = min64(kTile, w.N - strip * kTile), first = strip * kStripVectors;
+  alignas(64) float sums[kTile];
+  for (int64_t i = first; i < first + (columns + kLanes - 1) / kLanes; ++i) {
     Vec a = zero(), b = zero();
     int64_t p = s.steps[i] * kLanes;
     const int64_t end = s.steps[i + 1] * kLanes;
@@ -23,7 +23,7 @@ void slices(const Weight& w, const Slices& s, int64_t window, const float* x, fl
     for (int64_t lane = 0; lane < kLanes; ++lane) sums[s.columns[i * kLanes + lane]] = sum[lane];
   }
   for (int64_t n = 0; n < columns; n += kLanes) {
-    const int64_t column = window * kWindow + n, inside = min64(kLanes, columns - n);
+    const int64_t column = strip * kTile + n, inside = min64(kLanes, columns - n);
     Vec v = load(sums + n);
     if (w.bias) v = add(v, load_first(w.bias + column, inside));
     store_first(y + column, activate(w.activation, v), inside);

@@ -11,6 +11,12 @@ namespace {
 constexpr int64_t kElement = 4;  // bytes
 }
 
+double density_of(const Weight& w) {
+  int64_t bits = 0;
+  for (int64_t i = 0; i < w.tiles() * kBitmapBytes; ++i) bits += __builtin_popcount(w.bitmap[i]);
+  return static_cast<double>(bits) / (static_cast<double>(w.K) * static_cast<double>(w.N));
+}
+
 void TiledProduct::make_lists(const Parallel& parallel) const {
   std::call_once(once_, [&] {
     std::vector<StripLists> made(static_cast<size_t>(w_.tiles_n()));

@@ -20,6 +20,9 @@ struct StripLists {
   }
 };
 
+// Stored weights per place of W.
+double density_of(const Weight& weight);
+
 class TiledProduct {
  public:
   using Make = StripLists (*)(const Weight& w, int64_t strip, TileShape shape);
