@@ -55,6 +55,16 @@ def _built() -> Path:
     return next(build.rglob(NAME))
 
 
+def objects() -> list[Path]:
+    """The object files that are compiled for one instruction set."""
+    library()
+    build = ROOT / ".pytest_cache" / "native"
+    found = [p for p in build.rglob("*.o") if p.name.split(".")[0].rpartition("_")[2] in ISAS]
+    if not found or shutil.which("nm") is None:
+        pytest.skip("needs nm and a library that this session has built, not an installed one")
+    return found
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The library with the types of its functions (plugins/sparse_matmul/c_api.cc)."""

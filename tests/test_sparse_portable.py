@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from math import erf, exp, pi, sqrt, tanh
 
 import native_pack
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from native_library import ISAS, Kernel, guarded, isas, kernel
+from native_library import ISAS, Kernel, guarded, isas, kernel, objects
 from numpy.typing import NDArray
 
 pytestmark = pytest.mark.native
@@ -216,3 +217,15 @@ def test_whatever_the_arrays_hold_is_refused_or_runs(data, layout):
         for tokens in (1, 40):
             assert np.isfinite(made(np.ones((tokens, 100), np.float32))).all()
         made.close()
+
+
+def test_files_of_one_instruction_set_define_nothing_that_others_could_use():
+    """Of a function that several files define weakly, the linker keeps one, perhaps with
+    instructions that the machine lacks."""
+    for path in objects():
+        listing = subprocess.run(
+            ["nm", "--defined-only", str(path)], check=True, capture_output=True, text=True
+        ).stdout
+        kinds = [line.split()[-2] for line in listing.splitlines()]
+        assert kinds
+        assert not {"W", "V", "u"} & set(kinds), f"{path.name}:\n{listing}"

@@ -9,9 +9,9 @@
 extern "C" {
 int32_t optimize_has_isa(int32_t isa);
 void* optimize_sparse_matmul_create(int64_t K, int64_t N, int32_t layout, int32_t activation, int32_t isa,
-                                    const uint8_t* bitmap, int64_t bitmap_bytes, const void* values,
-                                    int64_t num_values, const int32_t* offsets, int64_t num_offsets, const float* bias,
-                                    const float* scale, const float* x_scale, char* error, int64_t error_size);
+                                    const uint8_t* bitmap, int64_t bitmap_bytes, const void* values, int64_t num_values,
+                                    const int32_t* offsets, int64_t num_offsets, const float* bias, const float* scale,
+                                    const float* x_scale, char* error, int64_t error_size);
 int32_t optimize_sparse_matmul_run(void* kernel, const float* x, int64_t M, float* y, int64_t threads);
 void optimize_sparse_matmul_destroy(void* kernel);
 }
@@ -137,14 +137,16 @@ int main() {
             double sum, size;
             w.product(x, i / w.N, i % w.N, sum, size);
             const size_t at = static_cast<size_t>(i);
-            const bool same = close(y[at], activate(activation, sum), size, w.K), exact = close(z[at], scalar[at], std::fabs(scalar[at]), 1);
+            const bool same = close(y[at], activate(activation, sum), size, w.K),
+                       exact = close(z[at], scalar[at], std::fabs(scalar[at]), 1);
             checked += 2;
             if (same && exact) continue;
             if (++wrong < 10)
-              std::printf("%s: K %ld N %ld density %g M %ld activation %d output %ld: float32 %g of %g, int8 %g of %g\n",
-                          kIsas[isa], static_cast<long>(w.K), static_cast<long>(w.N), density, static_cast<long>(M),
-                          activation, static_cast<long>(i), static_cast<double>(y[at]), activate(activation, sum),
-                          static_cast<double>(z[at]), static_cast<double>(scalar[at]));
+              std::printf(
+                  "%s: K %ld N %ld density %g M %ld activation %d output %ld: float32 %g of %g, int8 %g of %g\n",
+                  kIsas[isa], static_cast<long>(w.K), static_cast<long>(w.N), density, static_cast<long>(M), activation,
+                  static_cast<long>(i), static_cast<double>(y[at]), activate(activation, sum),
+                  static_cast<double>(z[at]), static_cast<double>(scalar[at]));
           }
         }
       }

@@ -4,7 +4,6 @@
 // Not-a-number and infinite values of x reach every output with a stored weight at their k, as in a dense
 // product; other outputs may or may not become NaN (a dense product multiplies such x by 0, which gives NaN).
 #include <algorithm>
-#include <cstdlib>
 #include <mutex>
 #include <vector>
 
@@ -55,7 +54,7 @@ class Vectorized final : public Kernel {
       : w_(weight),
         set_(set),
         density_(density_of(weight)),
-        pairs_(weight, set.pairs, shape_of(set, density_), weight.K, make_pairs) {}
+        pairs_(weight, set.pairs, set.shape(density_), weight.K, make_pairs) {}
 
   void run(const float* x, int64_t M, float* y, const Parallel& parallel) const override {
     if (M <= 0) return;
@@ -70,17 +69,7 @@ class Vectorized final : public Kernel {
   }
 
  private:
-  static TileShape shape_of(const F32Kernels& set, double density) {
-#ifdef OPTIMIZE_TUNING
-    if (const char* f = std::getenv("SHAPE")) return {std::atoi(f) * set.lanes, std::atoi(f + 2)};
-#endif
-    return set.shape(density);
-  }
-
   Form choose(int64_t M) const {
-#ifdef OPTIMIZE_TUNING
-    if (const char* f = std::getenv("FORM")) return static_cast<Form>(std::atoi(f));
-#endif
     // Slices read 6 bytes for a weight and the bitmap 4 and an eighth for each place, but expanding it costs the
     // same whatever the density: measured from 0.05 to 0.3, they meet at 0.15 to 0.2.
     if (M == 1 && density_ <= 0.15 && set_.slices && w_.K <= 65536) return Form::slices;
@@ -97,7 +86,8 @@ class Vectorized final : public Kernel {
 
   void run_slices(const float* x, float* y, const Parallel& parallel) const {
     std::call_once(slices_once_, [&] { slices_ = make_slices(w_, set_.lanes); });
-    const Slices s{set_.lanes, slices_.steps.data(), slices_.columns.data(), slices_.rows.data(), slices_.values.data()};
+    const Slices s{set_.lanes, slices_.steps.data(), slices_.columns.data(), slices_.rows.data(),
+                   slices_.values.data()};
     run_tasks(parallel, w_.tiles_n(), [&](int64_t strip) { set_.slices(w_, s, strip, x, y); });
   }
 

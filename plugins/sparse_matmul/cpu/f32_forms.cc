@@ -47,8 +47,7 @@ struct Pair {
   int64_t a, b;  // columns in the strip
   std::vector<Entry> both_a, both_b, single_a, single_b;
 
-  Pair(const Columns& columns, int64_t first, int64_t second)
-      : a(first), b(second) {
+  Pair(const Columns& columns, int64_t first, int64_t second) : a(first), b(second) {
     auto i = columns[first].begin(), j = columns[second].begin();
     const auto i_end = columns[first].end(), j_end = columns[second].end();
     while (i != i_end || j != j_end) {
@@ -100,13 +99,13 @@ StripLists make_pairs(const Weight& w, int64_t strip, TileShape shape) {
     // the processor predicts.
     std::array<int64_t, kTile> order;
     std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return columns[i].size() < columns[j].size(); });
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t i, int64_t j) { return columns[i].size() < columns[j].size(); });
     std::vector<Pair> pairs;
     for (size_t i = 0; i < order.size(); i += 2)
       if (!columns[order[i + 1]].empty()) pairs.emplace_back(columns, order[i], order[i + 1]);
     std::stable_sort(pairs.begin(), pairs.end(), [](const Pair& p, const Pair& q) {
-      return std::make_tuple(p.both_a.size(), p.single_a.size()) <
-             std::make_tuple(q.both_a.size(), q.single_a.size());
+      return std::make_tuple(p.both_a.size(), p.single_a.size()) < std::make_tuple(q.both_a.size(), q.single_a.size());
     });
     out.begin_block();
     out.codes.push_back(static_cast<uint16_t>(pairs.size()));
@@ -126,7 +125,8 @@ OwnedSlices make_slices(const Weight& w, int64_t lanes) {
     const int64_t used = std::min(kTile, w.N - strip * kTile);
     std::vector<size_t> order(static_cast<size_t>((used + lanes - 1) / lanes * lanes));
     std::iota(order.begin(), order.end(), size_t{0});
-    std::stable_sort(order.begin(), order.end(), [&](size_t i, size_t j) { return columns[i].size() > columns[j].size(); });
+    std::stable_sort(order.begin(), order.end(),
+                     [&](size_t i, size_t j) { return columns[i].size() > columns[j].size(); });
     for (size_t i = 0; i < order.size(); i += static_cast<size_t>(lanes)) {
       const size_t steps = columns[order[i]].size();
       std::vector<Entry> none;

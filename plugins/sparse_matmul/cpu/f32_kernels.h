@@ -24,8 +24,8 @@ constexpr int64_t kExpandTokens = 32;  // most tokens of one call of expand
 //   values   per row of `both` the weights of a and b; per single row of a its weight, and of b.
 // Where a and b have unequal numbers of single rows, weights of the shorter are halved and stand twice.
 
-// Slices of `lanes` columns of one strip with similar numbers of weights. Slice s has steps[s] .. steps[s + 1] steps, each of
-// `lanes` rows (uint16) and values, one per column; columns[s * lanes + lane] is the column in its strip.
+// Slices of `lanes` columns of one strip with similar numbers of weights. Slice s has steps[s] .. steps[s + 1] steps,
+// each of `lanes` rows (uint16) and values, one per column; columns[s * lanes + lane] is the column in its strip.
 struct Slices {
   int64_t lanes = 0;
   const int64_t* steps = nullptr;
@@ -35,8 +35,8 @@ struct Slices {
 };
 
 struct F32Kernels {
-  int64_t lanes;                       // floats of one vector
-  TileShape (*shape)(double density);  // of tiles for pairs
+  int64_t lanes;                         // floats of one vector
+  TileShape (*shape)(double density);    // of tiles for pairs
   double pairs_from, pairs_per_density;  // pairs for M >= pairs_from + pairs_per_density * density, measured
   TiledKernels pairs;
   // y of the strip's columns for M <= kExpandTokens tokens.

@@ -45,7 +45,9 @@ StripLists make_groups(const Weight& w, int64_t strip, TileShape shape) {
         elements[static_cast<size_t>(n * shape.block + k / kCodes)][static_cast<size_t>(k % kCodes)] = *value++;
       }
     }
-    const auto stored = [&](int64_t n, int64_t e) { return elements[static_cast<size_t>(n * shape.block + e)] != Element{}; };
+    const auto stored = [&](int64_t n, int64_t e) {
+      return elements[static_cast<size_t>(n * shape.block + e)] != Element{};
+    };
     std::array<int64_t, kTile> counts{}, order;
     for (int64_t n = 0; n < kTile; ++n)
       for (int64_t e = 0; e < shape.block; ++e) counts[static_cast<size_t>(n)] += stored(n, e);
@@ -93,9 +95,6 @@ class Portable final : public Kernel {
 
  private:
   bool wants_groups(int64_t M) const {
-#ifdef OPTIMIZE_TUNING
-    if (const char* f = std::getenv("FORM")) return *f == '1';
-#endif
     return static_cast<double>(M) >= 2 + 16 * density_;  // measured with AVX2
   }
 

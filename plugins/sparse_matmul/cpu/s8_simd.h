@@ -73,8 +73,8 @@ void groups(const uint16_t* codes, const uint32_t* values, const void* xt, int64
   groups_by_width(codes, values, static_cast<const char*>(xt), vectors, static_cast<char*>(sums));
 }
 
-void finish_groups(const Weight& w, int64_t strip, const void* sums, const float* steps, int64_t tokens,
-                   int64_t stride, float* y) {
+void finish_groups(const Weight& w, int64_t strip, const void* sums, const float* steps, int64_t tokens, int64_t stride,
+                   float* y) {
   const int64_t first = strip * kTile;
   finish_columns(sums, min64(kTile, w.N - first), tokens, stride, [&](Vec v, int64_t m, int64_t n, int64_t count) {
     v = mul(from_integers(v), mul(load_first(w.scale + first + n, count), broadcast(steps[m])));
@@ -83,12 +83,9 @@ void finish_groups(const Weight& w, int64_t strip, const void* sums, const float
   });
 }
 
-constexpr S8Kernels kKernels{kLanes,
-                             sizeof(Code),
-                             {kRegisters * kLanes, kBlock},
-                             {kLanes, transpose_elements, groups, finish_groups},
-                             quantize,
-                             expand};
+constexpr S8Kernels kKernels{
+    kLanes,   sizeof(Code), {kRegisters * kLanes, kBlock}, {kLanes, transpose_elements, groups, finish_groups},
+    quantize, expand};
 
 }  // namespace
 }  // namespace optimize::sparse_matmul

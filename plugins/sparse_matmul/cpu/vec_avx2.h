@@ -36,7 +36,9 @@ inline Vec at_most(float limit, Vec v) { return _mm256_min_ps(broadcast(limit), 
 inline Vec where_negative(Vec v, Vec a, Vec b) { return _mm256_blendv_ps(b, a, v); }
 // In two steps, since 2^n alone may be outside of the range of float.
 inline Vec scale(Vec v, Vec n) {
-  const auto power = [](__m256i e) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23)); };
+  const auto power = [](__m256i e) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23));
+  };
   const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
   return mul(mul(v, power(half)), power(_mm256_sub_epi32(whole, half)));
 }

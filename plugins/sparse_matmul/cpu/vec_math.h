@@ -41,8 +41,8 @@ inline Vec times_sigmoid(Vec v, Vec u) {
 inline Vec gelu(Vec v) {
   const Vec a = at_most(15.0f, abs(v));
   const Vec t = div(broadcast(1.0f), fma(a, broadcast(0.3f), broadcast(1.0f)));
-  constexpr float kP[] = {0.11968671530485153f,   0.11957129091024399f, 0.11023958027362823f, 0.0783710852265358f,
-                          0.09620831161737442f,   -0.07951562851667404f, 0.19189120829105377f, -0.22829081118106842f,
+  constexpr float kP[] = {0.11968671530485153f, 0.11957129091024399f,  0.11023958027362823f, 0.0783710852265358f,
+                          0.09620831161737442f, -0.07951562851667404f, 0.19189120829105377f, -0.22829081118106842f,
                           0.11246737837791443f, -0.020629141479730606f};
   Vec p = broadcast(kP[9]);
   for (int i = 8; i >= 0; --i) p = fma(p, t, broadcast(kP[i]));
