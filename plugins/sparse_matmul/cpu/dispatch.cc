@@ -6,6 +6,9 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 #if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -58,6 +61,18 @@ const Cpu& cpu() {
 }
 #endif
 
+#if defined(__aarch64__)
+// The kernels for Arm use the dot products of Armv8.2, which Apple's 64-bit processors have had since 2019.
+bool has_dot_products() {
+#if defined(__linux__)
+  constexpr unsigned long kAsimdDp = 1ul << 20;  // HWCAP_ASIMDDP
+  return (getauxval(AT_HWCAP) & kAsimdDp) != 0;
+#else
+  return true;
+#endif
+}
+#endif
+
 }  // namespace
 
 const char* isa_name(Isa isa) { return kNames[static_cast<int32_t>(isa)]; }
@@ -76,7 +91,7 @@ bool has_isa(Isa isa) {
 #endif
 #if defined(__aarch64__)
     case Isa::neon:
-      return true;
+      return has_dot_products();
 #endif
     default:
       return false;

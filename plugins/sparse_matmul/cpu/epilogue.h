@@ -10,7 +10,7 @@ namespace optimize::sparse_matmul {
 static inline float activate(Activation kind, float v) {
   switch (kind) {
     case Activation::relu:
-      return v > 0 ? v : 0;
+      return v < 0 ? 0 : v;  // NaN stays NaN
     case Activation::gelu:  // x Phi(x)
       return 0.5f * v * (1.0f + std::erf(v * 0.70710678f));
     case Activation::gelu_tanh:

@@ -59,6 +59,9 @@ class Scalar final : public Kernel {
 
 }  // namespace
 
-std::unique_ptr<Kernel> make_s8(const Weight& weight, Isa) { return std::make_unique<Scalar>(weight); }
+std::unique_ptr<Kernel> make_s8(const Weight& weight, Isa isa) {
+  if (auto kernel = make_s8_portable(weight, isa)) return kernel;
+  return std::make_unique<Scalar>(weight);
+}
 
 }  // namespace optimize::sparse_matmul
