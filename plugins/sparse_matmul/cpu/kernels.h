@@ -26,6 +26,7 @@ const char* isa_name(Isa isa);
 std::unique_ptr<Kernel> make_kernel(const Weight& weight, Isa isa);
 std::unique_ptr<Kernel> make_f32(const Weight& weight, Isa isa);  // layout n64k1
 std::unique_ptr<Kernel> make_s8(const Weight& weight, Isa isa);   // layout n16k4
+std::unique_ptr<Kernel> make_s8_dense(const Weight& weight, Isa isa);  // null where it has none for the set
 std::unique_ptr<Kernel> make_s8_portable(const Weight& weight, Isa isa);  // of avx2 and neon, else null
 
 }  // namespace optimize::sparse_matmul

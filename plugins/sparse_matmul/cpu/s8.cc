@@ -60,6 +60,7 @@ class Scalar final : public Kernel {
 }  // namespace
 
 std::unique_ptr<Kernel> make_s8(const Weight& weight, Isa isa) {
+  if (auto kernel = make_s8_dense(weight, isa)) return kernel;
   if (auto kernel = make_s8_portable(weight, isa)) return kernel;
   return std::make_unique<Scalar>(weight);
 }
