@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
-import importlib.util
 import mmap
 import shutil
 import subprocess
@@ -17,6 +17,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from optimizer.custom_ops import library_path
+from optimizer.errors import MissingDependencyError
+
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "liboptimize_ops.so"
 #: Numbers of the enum Isa, by its names.
@@ -25,17 +28,23 @@ ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
 
 def _installed() -> Path | None:
-    package = importlib.util.find_spec("optimizer")
-    for folder in (package and package.submodule_search_locations) or ():
-        if (path := Path(folder) / "native" / NAME).is_file():
-            return path
-    return None
+    try:
+        return library_path()
+    except MissingDependencyError:
+        return None
 
 
 def _built() -> Path:
     if shutil.which("cmake") is None or not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no installed native library, and no cmake with a C++ compiler to build one")
     build = ROOT / ".pytest_cache" / "native"
+    build.mkdir(parents=True, exist_ok=True)
+    with (build / "lock").open("w") as lock:  # test processes side by side
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build(build)
+
+
+def _build(build: Path) -> Path:
     for command in (
         [
             "cmake",
@@ -66,9 +75,15 @@ def objects() -> list[Path]:
 
 
 @functools.cache
+def path() -> Path:
+    """The installed library, or one built now."""
+    return _installed() or _built()
+
+
+@functools.cache
 def library() -> ctypes.CDLL:
     """The library with the types of its functions (plugins/sparse_matmul/c_api.cc)."""
-    lib = ctypes.CDLL(str(_installed() or _built()))
+    lib = ctypes.CDLL(str(path()))
     i32, i64, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
     lib.optimize_has_isa.argtypes, lib.optimize_has_isa.restype = [i32], i32
     create = lib.optimize_sparse_matmul_create

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sys
+from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 from optimizer.custom_ops.declaration import declaration_hash
 from optimizer.errors import MissingDependencyError
 
 _SUFFIX = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
+_NAME = f"liboptimize_ops.{_SUFFIX}"
 _FOLDER = Path(__file__).resolve().parent.parent / "native"
+#: Names a library to use instead of the installed one.
+VARIABLE = "OPTIMIZE_OPS_LIBRARY"
 
 
 def library_path() -> Path:
@@ -21,7 +27,20 @@ def library_path() -> Path:
         MissingDependencyError: It was not built with this installation, or from another declaration
             of the operators.
     """
-    return _checked(_FOLDER / f"liboptimize_ops.{_SUFFIX}")
+    places = list(_places())
+    return _checked(next((path for path in places if path.is_file()), places[0]))
+
+
+def _places() -> Iterator[Path]:
+    if named := os.environ.get(VARIABLE):
+        yield Path(named)
+        return
+    yield _FOLDER / _NAME
+    try:  # an editable installation keeps what was compiled apart from the sources
+        files = metadata.distribution("optimize-onnx").files or ()
+    except metadata.PackageNotFoundError:
+        return
+    yield from (Path(str(file.locate())) for file in files if file.name == _NAME)
 
 
 @functools.cache
