@@ -37,7 +37,7 @@ void expand_tile(const uint8_t* bitmap, const float* values, int64_t rows, const
         w[c] = expand_at(word >> shift, v + __builtin_popcountll(before));
       }
       v += __builtin_popcountll(word);
-      prefetch(v + 512);
+      prefetch(v + 512), prefetch(v + 528);  // half of the weights of a row are two cache lines
       for (int m = 0; m < kM; ++m) {
         const Vec factor = broadcast(x[m * K + k]);
         for (int c = 0; c < kC; ++c) sum[m][c] = fma(factor, w[c], sum[m][c]);
