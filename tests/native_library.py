@@ -39,28 +39,15 @@ def _built() -> Path:
         pytest.skip("no installed native library, and no cmake with a C++ compiler to build one")
     build = ROOT / ".pytest_cache" / "native"
     build.mkdir(parents=True, exist_ok=True)
-    with (build / "lock").open("w") as lock:  # test processes side by side
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return _build(build)
-
-
-def _build(build: Path) -> Path:
-    for command in (
-        [
-            "cmake",
-            "-S",
-            str(ROOT / "plugins"),
-            "-B",
-            str(build),
-            "-DOPTIMIZE_WERROR=ON",
-            "-DOPTIMIZE_CUDA=OFF",
-        ],
-        ["cmake", "--build", str(build), "--parallel", "2", "--target", "optimize_ops"],
-    ):
-        result = subprocess.run(command, check=False, capture_output=True, text=True)
-        assert result.returncode == 0, (
-            f"{' '.join(command)} failed:\n{result.stdout}{result.stderr}"
-        )
+    options = ["-DOPTIMIZE_WERROR=ON", "-DOPTIMIZE_CUDA=OFF"]
+    with (build / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # test sessions may run side by side
+        for command in (
+            ["cmake", "-S", str(ROOT / "plugins"), "-B", str(build), *options],
+            ["cmake", "--build", str(build), "--parallel", "2", "--target", "optimize_ops"],
+        ):
+            result = subprocess.run(command, check=False, capture_output=True, text=True)
+            assert result.returncode == 0, f"{command} failed:\n{result.stdout}{result.stderr}"
     return next(build.rglob(NAME))
 
 

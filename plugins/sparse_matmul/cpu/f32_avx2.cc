@@ -7,6 +7,7 @@ namespace optimize::sparse_matmul {
 namespace {
 
 constexpr int64_t kRegisters = 6;
+constexpr bool kScaled = false;
 constexpr int kTokens = 6;
 constexpr int kColumns(int tokens) { return tokens == 1 ? 8 : tokens <= 3 ? 4 : 2; }
 
@@ -42,7 +43,7 @@ inline Vec gather(const uint16_t* rows, const float* x) {
   return _mm256_i32gather_ps(x, _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(rows))), 4);
 }
 
-TileShape shape(double) { return {kRegisters * kLanes, 128}; }
+TileShape shape(double) { return {kLanes, kRegisters, 128, kScaled}; }
 
 }  // namespace
 }  // namespace optimize::sparse_matmul

@@ -7,6 +7,7 @@ namespace optimize::sparse_matmul {
 namespace {
 
 constexpr int64_t kRegisters = 8;
+constexpr bool kScaled = true;
 constexpr int kTokens = 13;
 constexpr int kColumns(int tokens) { return tokens <= 6 ? 4 : 2; }
 
@@ -26,7 +27,9 @@ inline Vec gather(const uint16_t* rows, const float* x) {
   return _mm512_i32gather_ps(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows))), x, 4);
 }
 
-TileShape shape(double density) { return density < 0.15 ? TileShape{4 * kLanes, 128} : TileShape{8 * kLanes, 64}; }
+TileShape shape(double density) {
+  return density < 0.15 ? TileShape{kLanes, 4, 128, kScaled} : TileShape{kLanes, kRegisters, 64, kScaled};
+}
 
 }  // namespace
 }  // namespace optimize::sparse_matmul
@@ -36,7 +39,7 @@ TileShape shape(double density) { return density < 0.15 ? TileShape{4 * kLanes, 
 namespace optimize::sparse_matmul {
 
 const F32Kernels* f32_avx512() {
-  static constexpr F32Kernels kKernels{kLanes, shape, 2.0, 28.0, kPairs, expand, slices};
+  static constexpr F32Kernels kKernels{kLanes, shape, 1.0, 28.0, kPairs, expand, slices};
   return &kKernels;
 }
 

@@ -64,9 +64,9 @@ struct Pair {
   }
 };
 
-void write(const Pair& pair, int64_t first, int64_t stride, StripLists& out) {
+void write(const Pair& pair, int64_t first, TileShape shape, StripLists& out) {
   const auto code = [&](int64_t c) { out.codes.push_back(static_cast<uint16_t>(c)); };
-  const auto place = [&](int64_t index) { code(index * stride * static_cast<int64_t>(sizeof(float))); };
+  const auto place = [&](int64_t index) { code(shape.offset(index)); };
   const auto row = [&](const Entry& e) { place(std::max<int64_t>(e.k - first, 0)); };
   const auto value = [&](const Entry& e) {
     uint32_t bits;
@@ -109,7 +109,7 @@ StripLists make_pairs(const Weight& w, int64_t strip, TileShape shape) {
     });
     out.begin_block();
     out.codes.push_back(static_cast<uint16_t>(pairs.size()));
-    for (const Pair& pair : pairs) write(pair, kt * kTile, shape.stride, out);
+    for (const Pair& pair : pairs) write(pair, kt * kTile, shape, out);
   }
   return out;
 }

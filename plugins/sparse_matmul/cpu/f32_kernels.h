@@ -19,8 +19,7 @@ constexpr int64_t kExpandTokens = 32;  // most tokens of one call of expand
 
 // Lists of pairs (tiled.h): the columns of one strip in one block of rows, two by two.
 //   codes    number of pairs; then per pair: column a, column b, n_both, n_single, then n_both rows and n_single
-//            times (row of a, row of b). A column within the strip and a row within the block are written as the
-//            byte offset of their row of sums or X^T, index * stride * 4.
+//            times (row of a, row of b). Columns count within the strip and rows within the block.
 //   values   per row of `both` the weights of a and b; per single row of a its weight, and of b.
 // Where a and b have unequal numbers of single rows, weights of the shorter are halved and stand twice.
 

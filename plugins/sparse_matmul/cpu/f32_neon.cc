@@ -7,6 +7,7 @@ namespace optimize::sparse_matmul {
 namespace {
 
 constexpr int64_t kRegisters = 10;
+constexpr bool kScaled = false;
 constexpr int kTokens = 6;
 constexpr int kColumns(int tokens) { return tokens <= 2 ? 8 : 4; }
 
@@ -43,7 +44,7 @@ namespace optimize::sparse_matmul {
 namespace {
 
 // 10 registers of a and of b, one of x and two of weights, of 32.
-TileShape shape(double) { return {kRegisters * kLanes, 128}; }
+TileShape shape(double) { return {kLanes, kRegisters, 128, kScaled}; }
 
 }  // namespace
 

@@ -4,7 +4,7 @@
 //                          kLanes floats from v
 //   kColumns(tokens)       vectors of columns that are summed in registers for so many tokens
 //   kTokens                most tokens summed at once
-//   kRegisters             most vectors of tokens in a tile of pairs
+//   kRegisters, kScaled    most vectors of tokens in a tile of pairs, TileShape.scaled
 #pragma once
 
 #include <cstring>
@@ -37,7 +37,7 @@ void expand_tile(const uint8_t* bitmap, const float* values, int64_t rows, const
         w[c] = expand_at(word >> shift, v + __builtin_popcountll(before));
       }
       v += __builtin_popcountll(word);
-      prefetch(v + 512);
+      prefetch(v + 512), prefetch(v + 528);  // half of the weights of a row are two cache lines
       for (int m = 0; m < kM; ++m) {
         const Vec factor = broadcast(x[m * K + k]);
         for (int c = 0; c < kC; ++c) sum[m][c] = fma(factor, w[c], sum[m][c]);
@@ -94,17 +94,17 @@ inline Vec broadcast_bits(const uint32_t* v) {
 
 template <int kT>
 void pairs_of(const uint16_t* codes, const uint32_t* v, const char* xt, char* sums) {
-  constexpr int64_t kBytes = sizeof(Vec);
+  constexpr int64_t kBytes = sizeof(Vec), kScale = kScaled ? kT : 1;
   const auto at = [](const char* p, int64_t bytes) { return load(reinterpret_cast<const float*>(p + bytes)); };
   const auto put = [](char* p, int64_t bytes, Vec value) { store(reinterpret_cast<float*>(p + bytes), value); };
   for (int64_t left = *codes++; left > 0; --left) {
-    char *sum_a = sums + codes[0], *sum_b = sums + codes[1];
+    char *sum_a = sums + codes[0] * kScale, *sum_b = sums + codes[1] * kScale;
     const uint16_t *both = codes + 4 + codes[2], *single = both + 2 * codes[3];
     codes += 4;
     Vec a[kT], b[kT];
     for (int t = 0; t < kT; ++t) a[t] = at(sum_a, t * kBytes), b[t] = at(sum_b, t * kBytes);
     for (; codes != both; ++codes, v += 2) {
-      const char* x = xt + codes[0];
+      const char* x = xt + codes[0] * kScale;
       const Vec wa = broadcast_bits(v), wb = broadcast_bits(v + 1);
       for (int t = 0; t < kT; ++t) {
         const Vec column = at(x, t * kBytes);
@@ -113,7 +113,7 @@ void pairs_of(const uint16_t* codes, const uint32_t* v, const char* xt, char* su
       }
     }
     for (; codes != single; codes += 2, v += 2) {
-      const char *xa = xt + codes[0], *xb = xt + codes[1];
+      const char *xa = xt + codes[0] * kScale, *xb = xt + codes[1] * kScale;
       const Vec wa = broadcast_bits(v), wb = broadcast_bits(v + 1);
       for (int t = 0; t < kT; ++t) a[t] = fma(wa, at(xa, t * kBytes), a[t]);
       for (int t = 0; t < kT; ++t) b[t] = fma(wb, at(xb, t * kBytes), b[t]);
@@ -142,7 +142,7 @@ void finish_pairs(const Weight& w, int64_t strip, const void* sums, const float*
   });
 }
 
-constexpr TiledKernels kPairs{kLanes, transpose_elements, pairs, finish_pairs};
+constexpr TiledKernels kPairs{transpose_elements, pairs, finish_pairs};
 
 }  // namespace
 }  // namespace optimize::sparse_matmul

@@ -32,7 +32,7 @@ template <int64_t kCodeBytes>
 StripLists make_groups(const Weight& w, int64_t strip, TileShape shape) {
   constexpr int64_t kCodes = 4 / kCodeBytes;
   StripLists out;
-  const int64_t tiles_k = w.tiles_k(), step = shape.block * kCodes / kTile, row_bytes = shape.stride * 4;
+  const int64_t tiles_k = w.tiles_k(), step = shape.block * kCodes / kTile;
   std::vector<Element> elements(static_cast<size_t>(kTile * shape.block));
   for (int64_t kt = 0; kt < tiles_k; kt += step) {
     std::fill(elements.begin(), elements.end(), Element{});
@@ -57,11 +57,11 @@ StripLists make_groups(const Weight& w, int64_t strip, TileShape shape) {
     out.codes.push_back(static_cast<uint16_t>(kTile - std::count(counts.begin(), counts.end(), 0)));
     for (const int64_t n : order) {
       if (counts[n] == 0) continue;
-      out.codes.push_back(static_cast<uint16_t>(n * row_bytes));
+      out.codes.push_back(static_cast<uint16_t>(shape.offset(n)));
       out.codes.push_back(static_cast<uint16_t>(counts[n]));
       for (int64_t e = 0; e < shape.block; ++e) {
         if (!stored(n, e)) continue;
-        out.codes.push_back(static_cast<uint16_t>(e * row_bytes));
+        out.codes.push_back(static_cast<uint16_t>(shape.offset(e)));
         out.values.push_back(bits_of(elements[static_cast<size_t>(n * shape.block + e)], kCodeBytes));
       }
     }

@@ -13,7 +13,6 @@ constexpr int64_t kS8Tokens = 24;  // most tokens of one call of S8Kernels::expa
 // sums, the number of its elements and their byte offsets in X^T. values has one element for each of those: the
 // weights of as many k as an element has codes, not all of which are 0.
 struct S8Kernels {
-  int64_t lanes;
   int64_t code_bytes;  // of one code of x: 2 or 1, so that an element of X^T is 2 or 4 codes
   TileShape shape;     // of tiles for groups; shape.block elements are whole tiles of W
   TiledKernels groups;

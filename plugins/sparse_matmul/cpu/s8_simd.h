@@ -84,8 +84,7 @@ void finish_groups(const Weight& w, int64_t strip, const void* sums, const float
 }
 
 constexpr S8Kernels kKernels{
-    kLanes,   sizeof(Code), {kRegisters * kLanes, kBlock}, {kLanes, transpose_elements, groups, finish_groups},
-    quantize, expand};
+    sizeof(Code), {kLanes, kRegisters, kBlock, false}, {transpose_elements, groups, finish_groups}, quantize, expand};
 
 }  // namespace
 }  // namespace optimize::sparse_matmul

@@ -34,7 +34,8 @@ void TiledProduct::make_lists(const Parallel& parallel) const {
 void TiledProduct::run(const void* x, const float* steps, int64_t M, float* y, const Parallel& parallel) const {
   make_lists(parallel);
   constexpr int64_t kChunkElements = int64_t{1} << 20;
-  const int64_t most = std::max<int64_t>(1, kChunkElements / (rows_ * shape_.stride)) * shape_.stride;
+  const int64_t tile = shape_.vectors * shape_.lanes,
+                most = std::max<int64_t>(1, kChunkElements / (rows_ * tile)) * tile;
   for (int64_t first = 0; first < M; first += most)
     run_chunk(static_cast<const char*>(x) + first * rows_ * kElement, steps ? steps + first : nullptr,
               std::min(most, M - first), y + first * w_.N, parallel);
@@ -42,14 +43,16 @@ void TiledProduct::run(const void* x, const float* steps, int64_t M, float* y, c
 
 // Tiles of equal numbers of vectors, so that no last tile is nearly empty.
 TiledProduct::TokenTile TiledProduct::tile_of(int64_t tokens, int64_t tiles, int64_t i) const {
-  const int64_t vectors = (tokens + kernels_.lanes - 1) / kernels_.lanes;
-  const int64_t begin = vectors * i / tiles, end = vectors * (i + 1) / tiles, first = begin * kernels_.lanes;
-  return {first, std::min(tokens, end * kernels_.lanes) - first, end - begin};
+  const int64_t vectors = (tokens + shape_.lanes - 1) / shape_.lanes;
+  const int64_t begin = vectors * i / tiles, end = vectors * (i + 1) / tiles, first = begin * shape_.lanes;
+  return {first, std::min(tokens, end * shape_.lanes) - first, end - begin};
 }
 
 void TiledProduct::run_chunk(const char* x, const float* steps, int64_t tokens, float* y,
                              const Parallel& parallel) const {
-  const int64_t tiles = (tokens + shape_.stride - 1) / shape_.stride, tile_elements = rows_ * shape_.stride;
+  const int64_t vectors = (tokens + shape_.lanes - 1) / shape_.lanes;
+  const int64_t tiles = (vectors + shape_.vectors - 1) / shape_.vectors;
+  const int64_t tile_elements = rows_ * shape_.stride(shape_.vectors);
   static thread_local Scratch scratch;
   float* xt = scratch.floats(tiles * tile_elements);
 
@@ -58,7 +61,7 @@ void TiledProduct::run_chunk(const char* x, const float* steps, int64_t tokens, 
   run_tasks(parallel, tiles * parts, [&](int64_t i) {
     const TokenTile t = tile_of(tokens, tiles, i / parts);
     const int64_t begin = i % parts * kRows, end = std::min(rows_, begin + kRows);
-    kernels_.transpose(x + t.first * rows_ * kElement, rows_, begin, end, t.tokens, shape_.stride,
+    kernels_.transpose(x + t.first * rows_ * kElement, rows_, begin, end, t.tokens, shape_.stride(t.vectors),
                        xt + i / parts * tile_elements);
   });
   const int64_t strips = w_.tiles_n();
@@ -70,15 +73,15 @@ void TiledProduct::run_chunk(const char* x, const float* steps, int64_t tokens, 
 
 void TiledProduct::strip_of(int64_t strip, const float* xt, const TokenTile& tile, const float* steps, float* y) const {
   static thread_local Scratch scratch;
-  const int64_t blocks = (rows_ + shape_.block - 1) / shape_.block;
-  float* sums = scratch.floats(kTile * shape_.stride);
-  std::fill_n(sums, kTile * shape_.stride, 0.0f);
+  const int64_t blocks = (rows_ + shape_.block - 1) / shape_.block, stride = shape_.stride(tile.vectors);
+  float* sums = scratch.floats(kTile * stride);
+  std::fill_n(sums, kTile * stride, 0.0f);
   const StripLists& lists = lists_[static_cast<size_t>(strip)];
   for (int64_t b = 0; b < blocks; ++b)
     kernels_.apply(lists.codes.data() + lists.code_begin[static_cast<size_t>(b)],
-                   lists.values.data() + lists.value_begin[static_cast<size_t>(b)],
-                   xt + b * shape_.block * shape_.stride, tile.vectors, sums);
-  kernels_.finish(w_, strip, sums, steps, tile.tokens, shape_.stride, y);
+                   lists.values.data() + lists.value_begin[static_cast<size_t>(b)], xt + b * shape_.block * stride,
+                   tile.vectors, sums);
+  kernels_.finish(w_, strip, sums, steps, tile.tokens, stride, y);
 }
 
 }  // namespace optimize::sparse_matmul
