@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from dataclasses import replace as changed
 from typing import Any
 
@@ -43,19 +43,21 @@ class Layer:
         codes: Initializer int8 [K, N] and ...
         scale: ... float32 [N], of a layer that is int8 already.
         x_scale: Of its input, one number.
+        reader: The node whose first input is the layer's; what that is changes when the layer
+            before is replaced.
         activation: As in the operator's attribute.
         output: What the operator computes.
     """
 
     name: str
     linear: Linear
+    reader: ir.Node
     int8: bool
     activation: str
     output: ir.Value
     codes: ir.Value | None = None
     scale: ir.Value | None = None
     x_scale: ir.Value | None = None
-    nodes: tuple[ir.Node, ...] = field(default=())
 
 
 def find_layers(
@@ -87,7 +89,7 @@ def _float_at(node: ir.Node, precision: str) -> Layer | str | None:
     int8 = precision == "int8"
     if int8 and _rows(linear.weight) > MAX_K_INT8:
         return _OVERFLOW
-    return Layer(str(linear.weight.name), linear, int8, "none", linear.output)
+    return Layer(str(linear.weight.name), linear, node, int8, "none", linear.output)
 
 
 def _rows(weight: ir.Value) -> int:
@@ -104,9 +106,9 @@ def _int8_at(node: ir.Node) -> Layer | str | None:
     linear = quantized_at(node) if dequantize is not None else None
     if linear is None or dequantize is None:
         return None
-    x_scale = _input_scale(left, linear)
-    if isinstance(x_scale, str):
-        return x_scale
+    quantize = _quantize(left, linear)
+    if isinstance(quantize, str):
+        return quantize
     codes = stored(weight)
     if reason := _weight_refusal(weight, codes, dequantize):
         return reason
@@ -115,26 +117,26 @@ def _int8_at(node: ir.Node) -> Layer | str | None:
     return Layer(
         str(codes.name),
         linear,
+        quantize,
         int8=True,
         activation="none",
         output=linear.output,
         codes=codes,
         scale=dequantize.inputs[1],
-        x_scale=x_scale,
+        x_scale=operand(quantize, 1),
     )
 
 
-def _input_scale(left: ir.Value, linear: Linear) -> ir.Value | str:
-    """The one static scale of a layer's input, or why there is none."""
+def _quantize(left: ir.Value, linear: Linear) -> ir.Node | str:
+    """What rounds a layer's input with one static scale, or why there is no such node."""
     rounded = node_of(left, "DequantizeLinear")
     quantize = None if rounded is None else node_of(rounded.inputs[0], "QuantizeLinear")
     if rounded is None or quantize is None or operand(quantize) is not linear.input:
         return "its input is scaled by nodes of its own; sparse-matmul takes one static scale"
-    x_scale = operand(quantize, 1)
-    number = graphs.scalar(x_scale)
+    number = graphs.scalar(quantize.inputs[1])
     if number is None or number != graphs.scalar(rounded.inputs[1]) or _shifted(quantize):
         return "its input has no single symmetric scale"
-    return x_scale
+    return quantize
 
 
 def _weight_refusal(weight: ir.Value, codes: ir.Value, dequantize: ir.Node) -> str | None:
@@ -190,7 +192,7 @@ def replace(model: ir.Model, layer: Layer) -> int:
         return graphs.add_initializer(graph, f"{layer.name}.{part}", contiguous_copy(array))
 
     inputs = [
-        linear.input,
+        operand(layer.reader),
         constant("bitmap", packed.bitmap),
         constant("values", packed.values),
         constant("offsets", packed.offsets),

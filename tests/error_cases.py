@@ -547,6 +547,7 @@ VARIANTS = {
     "legalize._opset": _LOWER,
     "legalize._refuse_contrib": _LOWER,
     "legalize.decompose._head_counts": _LOWER,
+    "custom_ops.library._checked": INTERNAL,
     "legalize.decompose._size": _LOWER,
     "legalize.decompose.attention": _LOWER,
     "legalize.decompose.rms_normalization": _LOWER,

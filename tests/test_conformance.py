@@ -34,6 +34,7 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
     ],
     "outliertune": [],
     "fuse-concurrent": [{"pack": "always", "stack": "always"}],
+    "sparse-matmul": [{"force": True}, {"force": True, "precision": "int8"}],
     "fp16": [{"io": "half"}],
     "bf16": [{"io": "half"}],
 }

@@ -21,7 +21,11 @@ from passes import PASS_NAMES, get_pass
 from passes.canonicalize import Canonicalize
 
 #: What a pass is asked for, where its defaults would search or leave small models alone.
-OPTIONS = {"cqil": ":group=2;first=1;last=2", "fuse-concurrent": ":pack=always"}
+OPTIONS = {
+    "cqil": ":group=2;first=1;last=2",
+    "fuse-concurrent": ":pack=always",
+    "sparse-matmul": ":force=true",
+}
 #: Which lengths are fixed; the others are names.
 FIXED: dict[str, dict[str, int]] = {
     "batch": {"sequence": 6},

@@ -31,6 +31,8 @@ from passes.cqil import Options as CqilOptions
 from passes.fuse_concurrent import FuseConcurrent
 from passes.fuse_concurrent import Options as FuseOptions
 from passes.outliertune import OutlierTune
+from passes.sparse_matmul import Options as SparseOptions
+from passes.sparse_matmul import SparseMatMul
 from passes.sparsify import Sparsify
 
 SHIPPED = Path(__file__).resolve().parent.parent / "benchmarks/models/stories12l/stories12l-kv.onnx"
@@ -89,6 +91,11 @@ def half(config: models.Config) -> ir.Model:
     return half_types.convert(models.build(config), half_types.BFLOAT16)
 
 
+def compress(model: ir.Model, gate: Gate) -> Report:
+    options = SparseOptions(force=True)
+    return SparseMatMul(options).call(model, Context(gate=gate))
+
+
 def narrow(name: str, io: str) -> Run:
     pass_class = get_pass(name)
     graph_pass = pass_class(pass_class.Options(io=io))
@@ -117,6 +124,7 @@ EXACT: dict[str, Case] = {
     "canonicalize half": (lambda: half(LLAMA), canonicalize),
     "ort-cpu half": (lambda: half(LLAMA), lowering("ort-cpu")),
     "fuse-concurrent": (lambda: models.build(PARALLEL), pack),
+    "sparse-matmul": (lambda: models.build(LLAMA), compress),
 }
 APPROXIMATE: dict[str, Case] = {
     "cqil": (lambda: models.build(layers=6), group),
