@@ -14,7 +14,7 @@ Applies when: 1. the layer is a MatMul by a constant [K, N], float32 or half pre
 Exactness:    approximate: the function changes; by how much is in
               benchmarks/results/sparse_accuracy.json.
 Cost:         the same bytes and FLOPs: zeros are stored, and only pay on a target that looks for
-              them (2:4 on a GPU, or a file that is compressed).
+              them (sparse-matmul, 2:4 on a GPU).
 Source:       Wanda (arXiv 2306.11695), SparseGPT (arXiv 2301.00774). Unlike the first, the weights
               of all output channels compete (compare=output: as published; which is better depends
               on the model). Unlike both, layers are calibrated on the dense model
