@@ -41,7 +41,7 @@ def pack(weight: np.ndarray, layout: str) -> Packed:
     Raises:
         ValueError: More values than an int32 offset can name.
     """
-    tiles = _to_tiles(weight, LAYOUTS[layout])
+    tiles = to_tiles(weight, LAYOUTS[layout])
     stored = tiles != 0
     counts = stored.sum(axis=1)
     if counts.sum() >= 2**31:
@@ -87,8 +87,8 @@ def unpack(packed: Packed, layout: str, k: int, n: int) -> np.ndarray:
     return np.ascontiguousarray(whole[:k, :n])
 
 
-def _to_tiles(weight: np.ndarray, layout: Layout) -> np.ndarray:
-    """[T, 4096] in the order of the layout."""
+def to_tiles(weight: np.ndarray, layout: Layout) -> np.ndarray:
+    """The weight [K, N] as tiles [T, 4096] in the order of the layout, padded with zeros."""
     k, n = weight.shape
     padded = np.pad(weight, ((0, -k % TILE), (0, -n % TILE)))
     tiles = padded.reshape(padded.shape[0] // TILE, TILE, -1, TILE).transpose(2, 0, 1, 3)
