@@ -1,4 +1,4 @@
-"""CUDA kernels of SparseMatMul: built, checked and timed on the GPU of this machine, in one command.
+"""CUDA kernels of SparseMatMul: built, checked and timed on this machine's GPU, in one command.
 
     python benchmarks/gpu.py [--only check|bench] [--time-limit 200] [--out FILE.json]
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import json
 import shutil
 import statistics
@@ -126,7 +127,7 @@ def random_weight(k: int, n: int, density: float, dtype: torch.dtype) -> torch.T
     return (weight * (torch.rand(k, n, device="cuda") < density)).to(dtype)
 
 
-def check(lib: ctypes.CDLL, results: dict[str, Any], tiny: bool) -> None:
+def check(lib: ctypes.CDLL, results: dict[str, Any], *, tiny: bool) -> None:
     """Random shapes with tails, all activations and types, against float64."""
     torch.manual_seed(0)
     shapes = [(64, 64), (1, 1), (70, 130), (257, 100), (1000, 333), (4096, 512)]
@@ -166,6 +167,7 @@ def check(lib: ctypes.CDLL, results: dict[str, Any], tiny: bool) -> None:
 
 def timed(calls: list[Any], repeats: int) -> list[float]:
     """Microseconds per call, from a CUDA graph of all calls."""
+    torch.cuda.synchronize()  # what is read was made on another stream
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls[:2]:
@@ -191,7 +193,7 @@ def bench(lib: ctypes.CDLL, results: dict[str, Any], save: Any, deadline: float)
     rows = results.setdefault("decode", [])
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    copies = timed([lambda: target.copy_(source)] * 4, 12)
+    copies = timed([lambda a=source, b=target: b.copy_(a)] * 4, 12)
     bandwidth = 2 * source.numel() / statistics.median(copies) / 1e3
     results["copy_GBps"] = bandwidth
     del source, target
@@ -211,8 +213,8 @@ def bench(lib: ctypes.CDLL, results: dict[str, Any], save: Any, deadline: float)
                 x = torch.randn(tokens, k, device="cuda", dtype=torch.float16)
                 y = torch.empty(tokens, n, device="cuda", dtype=torch.float16)
                 scratch = first.workspace(tokens)
-                ours = timed([lambda s=s: s(x, y, scratch) for s in sparse], 22)
-                base = timed([lambda w=w: torch.matmul(x, w, out=y) for w in dense], 22)
+                ours = timed([functools.partial(s, x, y, scratch) for s in sparse], 22)
+                base = timed([functools.partial(torch.matmul, x, w, out=y) for w in dense], 22)
                 low, high = statistics.median(base), statistics.median(ours)
                 rate = first.nbytes / high / 1e3
                 rows.append(
@@ -264,7 +266,7 @@ def main() -> None:
         lib = build(Path(folder))
         print(results, flush=True)
         if arguments.only != "bench":
-            check(lib, results, arguments.tiny)
+            check(lib, results, tiny=arguments.tiny)
             save()
         if arguments.only != "check":
             bench(lib, results, save, deadline)

@@ -9,7 +9,7 @@ from optimizer.custom_ops.cuda_layout import ALIGNMENT, pack_mma16
 
 
 def lane_weights(packed, tile: int) -> np.ndarray:
-    """The A registers [lane, k / 16, n / 16, 4, 2] as plugins/sparse_matmul/cuda/decode.cu fills them."""
+    """The A registers [lane, k / 16, n / 16, 4, 2], filled as cuda/decode.cu does it."""
     words = packed.bitmap[tile].view(np.uint32).reshape(32, 4)
     own = np.array([[int(w).bit_count() for w in lane] for lane in words]).sum(axis=1)
     starts = packed.offsets[tile] + np.cumsum(own) - own

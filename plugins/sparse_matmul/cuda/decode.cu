@@ -78,22 +78,34 @@ __global__ void __launch_bounds__(kWarps * 32) strip_products(Weight w, const ui
   unsigned char* stages = memory + warp * kStages * kStageBytes;
   const uint16_t* values = static_cast<const uint16_t*>(w.values);
 
-  const auto fetch = [&](int64_t kt, int stage) {
-    if (kt < end) {
-      const int64_t tile = strip * tiles_k + kt;
-      const int from = w.offsets[tile], bytes = (w.offsets[tile + 1] - from) * 2;
-      const unsigned char* source = reinterpret_cast<const unsigned char*>(values + from);
-      for (int i = lane * 16; i < bytes; i += 512) copy_async(stages + stage * kStageBytes + i, source + i);
-    }
+  // What says where a tile's values are is read two tiles ahead, and the values one tile ahead.
+  struct Place {
+    int from, to;
+  };
+  const auto place_of = [&](int64_t kt) {
+    const int64_t tile = strip * tiles_k + kt;
+    return kt < end ? Place{__ldg(w.offsets + tile), __ldg(w.offsets + tile + 1)} : Place{0, 0};
+  };
+  const auto bits_of = [&](int64_t kt) {
+    const uint4* at = reinterpret_cast<const uint4*>(w.bitmap + (strip * tiles_k + kt) * 512) + lane;
+    return kt < end ? __ldg(at) : uint4{0, 0, 0, 0};
+  };
+  const auto fetch = [&](Place place, int stage) {
+    const unsigned char* source = reinterpret_cast<const unsigned char*>(values + place.from);
+    const int bytes = (place.to - place.from) * 2;
+    for (int i = lane * 16; i < bytes; i += 512) copy_async(stages + stage * kStageBytes + i, source + i);
     commit();
   };
 
   float sums[4][kTokenTiles][4] = {};
-  fetch(begin + warp, 0);
+  uint4 bits = bits_of(begin + warp);
+  Place next = place_of(begin + warp + kWarps);
+  fetch(place_of(begin + warp), 0);
   int stage = 0;
   for (int64_t kt = begin + warp; kt < end; kt += kWarps, stage ^= 1) {
-    const uint4 bits = __ldg(reinterpret_cast<const uint4*>(w.bitmap + (strip * tiles_k + kt) * 512) + lane);
-    fetch(kt + kWarps, stage ^ 1);
+    fetch(next, stage ^ 1);
+    next = place_of(kt + 2 * kWarps);
+    const uint4 later = bits_of(kt + kWarps);
     const int own = count(bits);
     int start = own;  // inclusive sum over the lanes up to this one
     for (int d = 1; d < 32; d *= 2) {
@@ -129,6 +141,7 @@ __global__ void __launch_bounds__(kWarps * 32) strip_products(Weight w, const ui
       }
     }
     __syncwarp();
+    bits = later;
   }
   wait<0>();
   __syncthreads();
@@ -169,7 +182,8 @@ int splits_of(const Weight& w, int64_t M) {
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   const int64_t strips = (w.N + kTile - 1) / kTile, chunks = (M + kMostTokens - 1) / kMostTokens;
   const int64_t most = (w.K + kTile * kWarps - 1) / (kTile * kWarps);  // a tile for each warp
-  int64_t splits = (int64_t{3} * processors + strips * chunks - 1) / (strips * chunks);
+  // As many blocks as run at once: a multiprocessor's shared memory holds the stages of three.
+  const int64_t splits = int64_t{3} * processors / (strips * chunks);
   return static_cast<int>(splits < 1 ? 1 : splits > most ? most : splits);
 }
 
