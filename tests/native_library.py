@@ -39,7 +39,7 @@ def _built() -> Path:
         pytest.skip("no installed native library, and no cmake with a C++ compiler to build one")
     build = ROOT / ".pytest_cache" / "native"
     build.mkdir(parents=True, exist_ok=True)
-    options = ["-DOPTIMIZE_WERROR=ON", "-DOPTIMIZE_CUDA=OFF"]
+    options = ["-DOPTIMIZE_WERROR=ON"]
     with (build / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # test sessions may run side by side
         for command in (
