@@ -99,7 +99,8 @@ void large(const Weight& w, int64_t strip, const int8_t* dense, const int32_t*, 
 
 const S8Dense* s8_amx() {
   static const S8Dense kernels{s8_avx512()->quantize, s8_avx512()->column_sums, s8_avx512()->small,
-                               s8_avx512()->expand, large};
+                               s8_avx512()->expand, large, s8_avx512()->spread, s8_avx512()->window_sums,
+                               s8_avx512()->finish};
   return &kernels;
 }
 

@@ -7,15 +7,24 @@
 
 #include "kernels.h"
 #include "parallel.h"
+#include "s8_windows.h"
 #include "scratch.h"
+#include "tiled_product.h"
 
 namespace optimize::sparse_matmul {
 namespace {
+double limit(double d){ const char*e=getenv("OPTIMIZE_WIN"); return e?atof(e):d; }
 
 class Dense final : public Kernel {
  public:
-  Dense(const Weight& weight, const S8Dense& set, int64_t small)
-      : w_(weight), set_(set), small_(small), sums_(static_cast<size_t>(weight.tiles_n() * kTile)) {
+  // Windows are used for densities up to `windows`.
+  Dense(const Weight& weight, const S8Dense& set, int64_t small, double windows)
+      : w_(weight),
+        set_(set),
+        small_(small),
+        sparse_(density_of(weight) <= windows),
+        sums_(static_cast<size_t>(weight.tiles_n() * kTile)),
+        windows_(weight, set, sums_.data()) {
     for (int64_t strip = 0; strip < w_.tiles_n(); ++strip) set_.column_sums(w_, strip, &sums_[strip * kTile]);
     const int64_t padded = w_.tiles_k() * kTile;
     // Rows an odd number of cache lines apart do not compete for the same places of the cache.
@@ -24,6 +33,7 @@ class Dense final : public Kernel {
 
   void run(const float* x, int64_t M, float* y, const Parallel& parallel) const override {
     if (M == 0) return;
+    if (M > small_ && sparse_) return windows_.run(x, M, y, parallel);
     static thread_local Scratch code_memory, step_memory;
     const int64_t rows = (M + 15) / 16 * 16;
     int8_t* codes = static_cast<int8_t*>(code_memory.bytes(rows * stride_));
@@ -84,16 +94,19 @@ class Dense final : public Kernel {
 
   Weight w_;
   const S8Dense& set_;
-  int64_t small_, stride_;
+  int64_t small_;
+  bool sparse_;
+  int64_t stride_;
   std::vector<int32_t> sums_;
+  Windows windows_;
 };
 
 }  // namespace
 
 std::unique_ptr<Kernel> make_s8_dense(const Weight& weight, Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) return std::make_unique<Dense>(weight, *s8_avx512(), kSmallTokens);
-  if (isa == Isa::amx) return std::make_unique<Dense>(weight, *s8_amx(), kSmallTokens);
+  if (isa == Isa::avx512) return std::make_unique<Dense>(weight, *s8_avx512(), kSmallTokens, limit(0.5));
+  if (isa == Isa::amx) return std::make_unique<Dense>(weight, *s8_amx(), kSmallTokens, limit(0.2));
 #endif
   (void)weight, (void)isa;
   return nullptr;

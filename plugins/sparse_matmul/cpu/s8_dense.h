@@ -10,6 +10,14 @@ namespace optimize::sparse_matmul {
 
 constexpr int64_t kSmallTokens = 8;  // most tokens of one call of S8Dense::small
 
+// s8_windows.h describes these.
+constexpr int64_t kWindowStep = 32;    // rows between the beginnings of two windows, which are 64 long
+constexpr int64_t kWindowTokens = 24;  // most tokens of one call of S8Dense::window_sums
+struct alignas(64) WindowStep {
+  uint8_t rows[64];    // [16 columns][4], within the window
+  int8_t weights[64];  // 0 where there is none
+};
+
 // int8 codes of tokens: `rows` of `stride` bytes, zeros from K up to the next multiple of 64.
 struct Codes {
   const int8_t* data;
@@ -31,6 +39,16 @@ struct S8Dense {
   // 32 int32 for each of those rows.
   void (*large)(const Weight& w, int64_t strip, const int8_t* dense, const int32_t* column_sums, Codes codes, int64_t M,
                 int32_t* sums, float* y);
+
+  // Codes of one token to windows [windows][tokens][64] of a tile of tokens, as bytes 0 .. 255; `to` is the token's first.
+  void (*spread)(const int8_t* codes, int64_t windows, int64_t tokens, uint8_t* to);
+  // sums [tokens][64] of 16 columns, set (first) or increased by `count` steps. `block` is the first window of the block
+  // in [windows][tokens][64].
+  void (*window_sums)(const WindowStep* steps, const uint16_t* places, int64_t count, const uint8_t* block,
+                      int64_t tokens, bool first, int32_t* sums);
+  // y of the strip's columns from sums [tokens][64] of products with bytes 0 .. 255.
+  void (*finish)(const Weight& w, int64_t strip, const int32_t* column_sums, const int32_t* sums, const float* steps,
+                 int64_t tokens, float* y);
 };
 
 const S8Dense* s8_avx512();  // defined on x86-64
