@@ -14,6 +14,7 @@ float quantize(const float* x, int64_t K, const float* x_scale, int8_t* codes) {
     Vec top[4] = {zero(), zero(), zero(), zero()};  // four, since each waits for the one before
     int64_t k = 0;
     for (; k + 64 <= K; k += 64)
+      OPTIMIZE_UNROLL
       for (int i = 0; i < 4; ++i) top[i] = _mm512_max_ps(top[i], abs(load(x + k + i * 16)));
     for (; k < K; k += 16) top[0] = _mm512_max_ps(top[0], abs(load_first(x + k, K - k < 16 ? K - k : 16)));
     const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(top[0], top[1]), _mm512_max_ps(top[2], top[3])));
@@ -82,10 +83,17 @@ void finish_sums(const Weight& w, int64_t strip, const int32_t* column_sums, con
     const __m512i offset = _mm512_slli_epi32(_mm512_loadu_si512(column_sums + j), 7);
     const Vec scale = load_first(w.scale + column, count);
     const Vec bias = w.bias ? load_first(w.bias + column, count) : zero();
+    const int64_t row = w.N;
     const auto each = [&](const auto& apply) {
-      for (int64_t m = 0; m < tokens; ++m) {
-        const Vec sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(sums + m * kTile + j), offset));
-        store_first(y + m * w.N + column, apply(add(mul(sum, mul(scale, broadcast(steps[m]))), bias)), count);
+      const int32_t* from = sums + j;
+      float* to = y + column;
+      for (int64_t m = 0; m < tokens; ++m, from += kTile, to += row) {
+        const Vec sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(from), offset));
+        const Vec v = apply(add(mul(sum, mul(scale, broadcast(steps[m]))), bias));
+        if (count == kLanes)
+          store(to, v);
+        else
+          store_first(to, v, count);
       }
     };
     if (w.activation == Activation::none)

@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t kColumns = 16, kGroups = kTile / kColumns;
 constexpr int64_t kWindow = 2 * kWindowStep;
+constexpr int64_t kMostStrips = 4;    // of a task
 constexpr int64_t kMostWindows = 20;  // of a block: with the codes of 24 tokens they stay in the first cache
 
 struct Entry {
@@ -128,7 +129,7 @@ void Windows::run_chunk(const float* x, int64_t M, float* y, const Parallel& par
   });
 
   // A task applies the lists of some strips to some tiles of tokens: codes are read once for all of its strips.
-  constexpr int64_t kTasks = 24, kMostStrips = 4;
+  constexpr int64_t kTasks = 24;
   const int64_t strips = w_.tiles_n();
   const int64_t shared = std::max<int64_t>(1, std::min(kMostStrips, strips * chunk.tiles / kTasks));
   const int64_t groups = (strips + shared - 1) / shared, pieces = std::min(chunk.tiles, (kTasks + groups - 1) / groups);
@@ -140,26 +141,23 @@ void Windows::run_chunk(const float* x, int64_t M, float* y, const Parallel& par
 }
 
 void Windows::run_strips(const Chunk& chunk, int64_t strip, int64_t strips_end, int64_t tile, int64_t tiles_end) const {
-  static thread_local Scratch memory;
-  const int64_t base = chunk.first(tile), rows = chunk.first(tiles_end) - base;
-  int32_t* sums = static_cast<int32_t*>(memory.bytes((strips_end - strip) * rows * kTile * 4));
-  for (int64_t b = 0; b < blocks_; ++b)
-    for (int64_t t = tile; t < tiles_end; ++t) {
-      const int64_t first = chunk.first(t), tokens = chunk.first(t + 1) - first;
+  alignas(64) int32_t sums[kMostStrips * kWindowTokens * kTile];
+  for (int64_t t = tile; t < tiles_end; ++t) {
+    const int64_t first = chunk.first(t), tokens = chunk.first(t + 1) - first;
+    for (int64_t b = 0; b < blocks_; ++b) {
       const uint8_t* codes = chunk.codes + (first * windows_ + b * block_ * tokens) * kWindow;
       for (int64_t s = strip; s < strips_end; ++s) {
-        int32_t* sum = sums + ((s - strip) * rows + first - base) * kTile;
+        int32_t* sum = sums + (s - strip) * kWindowTokens * kTile;
         const WindowLists& lists = lists_[static_cast<size_t>(s)];
-        for (int64_t g = 0; g < kGroups; ++g) {
-          const int64_t from = lists.begin[static_cast<size_t>(b * kGroups + g)];
-          const int64_t count = lists.begin[static_cast<size_t>(b * kGroups + g + 1)] - from;
-          set_.window_sums(lists.steps.data() + from, lists.places.data() + from, count, codes, tokens, b == 0,
-                           sum + g * kColumns);
-        }
+        const int64_t* begin = lists.begin.data() + b * kGroups;
+        for (int64_t g = 0; g < kGroups; ++g)
+          set_.window_sums(lists.steps.data() + begin[g], lists.places.data() + begin[g], begin[g + 1] - begin[g], codes,
+                           tokens, b == 0, sum + g * kColumns);
         if (b == blocks_ - 1)
           set_.finish(w_, s, column_sums_ + s * kTile, sum, chunk.steps + first, tokens, chunk.y + first * w_.N);
       }
     }
+  }
 }
 
 }  // namespace optimize::sparse_matmul
