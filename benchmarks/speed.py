@@ -1,13 +1,16 @@
 """Latency and error of int8 models on one CPU thread, against ONNX Runtime, in one command.
 
-    python benchmarks/speed.py [--rows prefill,decode,bert,minilm] [--out FILE.json]
+    python benchmarks/speed.py [--rows prefill,decode,bert,minilm,sparse-..] [--out FILE.json]
 
 Each row exports a transformer with random weights, lets this project and ONNX Runtime's own tools
 quantize it, and times all of them taking turns in one process. The baseline is ONNX Runtime in
 fp32 on the export as it is, with all its optimizations. Errors are those of the outputs against
 the baseline on inputs that were not used for calibration.
 
-Shapes: LLaMA with hidden 768, 12 heads, FFN 2048, 8 layers, vocabulary 2048; BERT-base; MiniLM-L6.
+Shapes: LLaMA with hidden 768, 12 heads, FFN 2048, 8 layers, vocabulary 2048; a small LLaMA with
+hidden 512, 8 heads, FFN 1376, 12 layers; BERT-base; MiniLM-L6; DeiT-S on images of 224 x 224 (197
+tokens). The rows ``sparse-..`` prune 70 % of the weights by magnitude and multiply in int8: since
+the weights are random, their errors tell nothing (benchmarks/sparse_accuracy.py does).
 Needs the extras ``torch`` and ``cpu``.
 """
 
@@ -86,6 +89,25 @@ _MINILM = {
     "intermediate_size": 1536,
     "num_hidden_layers": 6,
 }
+_SMALL = {
+    "hidden_size": 512,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "intermediate_size": 1376,
+    "num_hidden_layers": 12,
+    "vocab_size": 2048,
+    "max_position_embeddings": 1024,
+}
+_DEIT = {
+    "hidden_size": 384,
+    "num_attention_heads": 6,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 12,
+}
+_SPARSE = (
+    "sparsify:pattern=unstructured;sparsity=0.7;method=magnitude;heads=true,"
+    "sparse-matmul:precision=int8"
+)
 ROWS = {
     "prefill": Row(
         "LLaMA 768x8, S = 128", "LlamaConfig", "LlamaForCausalLM", 3.3, 3.8, _LLAMA
@@ -96,6 +118,23 @@ ROWS = {
     ),
     "bert": Row("BERT-base, S = 128", "BertConfig", "BertModel", 3.3, 3.3),
     "minilm": Row("MiniLM-L6, S = 128", "BertConfig", "BertModel", 3.0, 3.0, _MINILM),
+    "sparse-prefill": Row(
+        "LLaMA 768x8, S = 128, 70 % zeros", "LlamaConfig", "LlamaForCausalLM", 4.3, 5.0, _LLAMA,
+        passes=_SPARSE,
+    ),
+    "sparse-decode": Row(
+        "LLaMA 768x8, S = 1, past 256, 70 % zeros", "LlamaConfig", "LlamaForCausalLM", 3.9, 4.5,
+        _LLAMA, kv_cache=True, passes=_SPARSE,
+    ),
+    "sparse-cqil": Row(
+        "LLaMA 512x12, S = 1, past 256, cqil p = 4, 70 % zeros", "LlamaConfig",
+        "LlamaForCausalLM", 5.0, 6.0, _SMALL, kv_cache=True,
+        passes="cqil:group=4;first=0;last=11," + _SPARSE,
+    ),
+    "sparse-deit": Row(
+        "DeiT-S, 197 tokens, 70 % zeros", "ViTConfig", "ViTForImageClassification", 2.5, 3.1,
+        _DEIT, passes=_SPARSE,
+    ),
 }  # fmt: skip
 
 
@@ -115,7 +154,8 @@ def export(row: Row, folder: Path, layers: int | None) -> tuple[Path, int]:
     model.config.architectures = [row.model]
     plan = hugging_face.detect(model.config)
     exported = hugging_face.export_loaded(model, plan, kv_cache=row.kv_cache)
-    return onnx_export.write(exported, folder / "original.onnx"), int(config.vocab_size)
+    vocabulary = int(getattr(config, "vocab_size", 2))
+    return onnx_export.write(exported, folder / "original.onnx"), vocabulary
 
 
 def feeds(path: Path, vocabulary: int, count: int, seed: int) -> list[dict[str, np.ndarray]]:
@@ -128,6 +168,8 @@ def feeds(path: Path, vocabulary: int, count: int, seed: int) -> list[dict[str, 
 def _array(spec: Any, vocabulary: int, rng: np.random.Generator) -> np.ndarray:
     if spec.name.startswith("past"):
         return np.zeros((1, spec.shape[1], 0, spec.shape[3]), spec.dtype)
+    if spec.name == "pixel_values":
+        return rng.standard_normal((1, 3, 224, 224), dtype=np.float32)
     if spec.name == "input_ids":
         return rng.integers(0, vocabulary, (1, SEQUENCE))
     if spec.name == "position_ids":

@@ -1,8 +1,8 @@
 """When a sparse product is faster than the dense one it replaces: measured, per class of machine.
 
 A figure is the time of ONNX Runtime's dense product divided by that of ``SparseMatMul``, on one
-core, the lowest over the measured shapes (``benchmarks/sparse.py --calibrate``). Between measured
-densities and numbers of tokens the lower neighbour counts; outside of them nothing is known.
+core (``benchmarks/sparse.py --calibrate``). Between measured sizes, densities and numbers of tokens
+the lowest neighbour counts; smaller or denser weights than the measured ones are not known.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from typing import Literal
 
 Precision = Literal["fp32", "int8"]
 
+_AVX512 = ("avx512_vnni", "avx512vbmi", "avx512_vbmi2", "avx512bw", "avx512vl", "avx512dq")
 #: From the most capable on. A machine is of the first class whose flags it has.
 CLASSES: dict[str, frozenset[str]] = {
-    "amx": frozenset(
-        {"amx_int8", "amx_tile", "avx512_vnni", "avx512_vbmi2", "avx512bw", "avx512vl"}
-    ),
-    "avx512": frozenset({"avx512_vnni", "avx512_vbmi2", "avx512bw", "avx512vl", "avx512dq"}),
+    "amx": frozenset({"amx_int8", "amx_tile", *_AVX512}),
+    "avx512": frozenset(_AVX512),
     "avx2": frozenset({"avx2", "fma"}),
     "neon": frozenset({"asimddp"}),
     "other": frozenset(),
@@ -30,12 +29,16 @@ CLASSES: dict[str, frozenset[str]] = {
 
 #: Predicted gains below this are not believed.
 MARGIN = 1.05
+#: Densities that differ by less are the same.
+_ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One measurement: at least ``tokens`` rows of x, at most ``density`` of the weights stored."""
+    """One measurement: W [k, n] with a share of ``density`` stored, x [tokens, k]."""
 
+    k: int
+    n: int
     tokens: int
     density: float
     vs_fp32: float
@@ -68,7 +71,11 @@ def machine_class(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def refusal(
-    machine: str, precision: Precision, tokens: tuple[int, ...], density: float
+    machine: str,
+    precision: Precision,
+    shape: tuple[int, int],
+    tokens: tuple[int, ...],
+    density: float,
 ) -> str | None:
     """None where the sparse product is faster for every number of tokens, else why not.
 
@@ -78,20 +85,24 @@ def refusal(
     Args:
         machine: A class.
         precision: Of the sparse product.
+        shape: [K, N] of the weight.
         tokens: Rows of x per run.
         density: Share of the weights that is stored.
     """
     rows = figures().get(machine, {}).get(precision)
     if not rows:
         return f"{precision} was not measured on machines of class '{machine}'"
+    size = shape[0] * shape[1]
+    smallest = min(row.k * row.n for row in rows)
+    if size < smallest:
+        return f"its weight has {size} elements; the smallest that was measured has {smallest}"
+    if density > (densest := max(row.density for row in rows)) + _ROUNDING:
+        return f"{density:.0%} of its weights are not zero; measured up to {densest:.0%}"
     for count in tokens:
-        found = _lookup(rows, count, density)
-        if found is None:
-            known = max((r.density for r in rows if r.tokens <= count), default=0.0)
-            return f"{density:.0%} of its weights are not zero; measured up to {known:.0%}"
-        dense, gain = ("fp32", found.vs_fp32)
-        if precision == "int8" and found.vs_int8 < gain:
-            dense, gain = "int8", found.vs_int8
+        vs_fp32, vs_int8 = _worst_nearby(rows, size, count, density)
+        dense, gain = ("fp32", vs_fp32)
+        if precision == "int8" and vs_int8 < gain:
+            dense, gain = "int8", vs_int8
         if gain < MARGIN:
             return (
                 f"with {density:.0%} of its weights not zero and {count} tokens per run it would "
@@ -100,22 +111,27 @@ def refusal(
     return None
 
 
-def _lookup(rows: tuple[Figure, ...], tokens: int, density: float) -> Figure | None:
-    """The worst of the measurements next to a point."""
-    below = max((r.tokens for r in rows if r.tokens <= tokens), default=None)
-    above = min((r.tokens for r in rows if r.tokens >= tokens), default=below)
-    near = []
-    for count in {below, above} - {None}:
-        at_least = [r for r in rows if r.tokens == count and r.density >= density - 1e-3]
-        if not at_least:
-            return None
-        near.append(min(at_least, key=lambda r: r.density))
-    if not near:
-        return None
-    first = near[0]
-    return Figure(
-        first.tokens,
-        first.density,
-        min(r.vs_fp32 for r in near),
-        min(r.vs_int8 for r in near),
-    )
+def _worst_nearby(
+    rows: tuple[Figure, ...], size: int, tokens: int, density: float
+) -> tuple[float, float]:
+    """The lowest gains over fp32 and int8 of the measurements around a point.
+
+    Those of the next smaller and larger sizes and numbers of tokens, at the next higher density:
+    fewer stored weights are never slower.
+    """
+    at_least = min(row.density for row in rows if row.density >= density - _ROUNDING)
+    sizes = _neighbours({row.k * row.n for row in rows}, size)
+    counts = _neighbours({row.tokens for row in rows}, tokens)
+    near = [
+        row
+        for row in rows
+        if row.density == at_least and row.k * row.n in sizes and row.tokens in counts
+    ]
+    return min(row.vs_fp32 for row in near), min(row.vs_int8 for row in near)
+
+
+def _neighbours(values: set[int], value: int) -> set[int]:
+    """The largest that is not above and the smallest that is not below."""
+    below = [v for v in values if v <= value]
+    above = [v for v in values if v >= value]
+    return {*([max(below)] if below else []), *([min(above)] if above else [])}

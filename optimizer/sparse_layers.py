@@ -174,6 +174,13 @@ def _with_activation(layer: Layer, opset: int) -> Layer:
     return layer
 
 
+def shape_of(layer: Layer) -> tuple[int, int]:
+    """[K, N] of the weight."""
+    weight = graphs.const(layer.codes or layer.linear.weight)
+    assert weight is not None  # noqa: S101  (a layer has a constant weight)
+    return weight.shape[0], weight.shape[1]
+
+
 def measured_density(layer: Layer) -> float:
     """Share of the weights that is not zero."""
     weight = graphs.const(layer.codes or layer.linear.weight)

@@ -25,7 +25,7 @@ from optimizer.custom_ops.declaration import DOMAIN, OP_TYPE
 from optimizer.gate import LEFT_OUT
 from optimizer.graph import remove_dead
 from optimizer.pass_base import Context, Exactness, GraphPass, PassOptions, Report, Skip
-from optimizer.sparse_layers import Layer, find_layers, measured_density, replace
+from optimizer.sparse_layers import Layer, find_layers, measured_density, replace, shape_of
 
 #: Tokens per run that a layer is judged by: decoding and a prompt, or one run of all tokens.
 DECODER, ENCODER = (1, 128), (128,)
@@ -128,7 +128,7 @@ class SparseMatMul(GraphPass[Options]):
         if self.options.force:
             return None
         precision: sparse_cost.Precision = "int8" if layer.int8 else "fp32"
-        return sparse_cost.refusal(machine, precision, tokens, density)
+        return sparse_cost.refusal(machine, precision, shape_of(layer), tokens, density)
 
 
 def _tokens(model: ir.Model) -> tuple[int, ...]:

@@ -45,9 +45,14 @@ def count(model: ir.Model, op_type: str) -> int:
     return sum(node.op_type == op_type for node in model.graph)
 
 
-def measured(monkeypatch: pytest.MonkeyPatch, **kinds: list[tuple[int, float, float, float]]):
-    """Let the cost model of a class 'amx' hold these figures."""
-    data = {"amx": {kind: tuple(Figure(*row) for row in rows) for kind, rows in kinds.items()}}
+def measured(monkeypatch: pytest.MonkeyPatch, **kinds: list[tuple[float, ...]]):
+    """Let the cost model of a class 'amx' hold these figures, of a weight of one element."""
+    data = {
+        "amx": {
+            kind: tuple(Figure(*((1, 1, *row) if len(row) == 4 else row)) for row in rows)
+            for kind, rows in kinds.items()
+        }
+    }
     monkeypatch.setattr(sparse_cost, "figures", lambda: data)
 
 
@@ -129,21 +134,34 @@ def test_cost_model_decides_layer_by_layer(monkeypatch):
 )
 def test_int8_must_beat_both_dense_forms(monkeypatch, rows, reason):
     measured(monkeypatch, int8=rows)
-    refused = sparse_cost.refusal("amx", "int8", (1, 128), 0.3)
+    refused = sparse_cost.refusal("amx", "int8", (64, 64), (1, 128), 0.3)
     assert refused is not None
     if reason != "0.9":
         assert reason in refused
     else:
         assert "1.11 times as long as dense int8" in refused
     measured(monkeypatch, int8=[(1, 0.5, 3.0, 1.5), (128, 0.5, 3.0, 1.2)])
-    assert sparse_cost.refusal("amx", "int8", (1, 128), 0.3) is None
-    assert sparse_cost.refusal("amx", "int8", (16,), 0.3) is None
+    assert sparse_cost.refusal("amx", "int8", (64, 64), (1, 128), 0.3) is None
+    assert sparse_cost.refusal("amx", "int8", (64, 64), (16,), 0.3) is None
 
 
 def test_what_is_not_measured_is_refused(monkeypatch):
     measured(monkeypatch, fp32=[(1, 0.5, 9.0, 9.0)])
-    assert "not measured" in str(sparse_cost.refusal("neon", "fp32", (1,), 0.1))
-    assert "measured up to 50%" in str(sparse_cost.refusal("amx", "fp32", (1,), 0.9))
+    assert "not measured" in str(sparse_cost.refusal("neon", "fp32", (64, 64), (1,), 0.1))
+    assert "measured up to 50%" in str(sparse_cost.refusal("amx", "fp32", (64, 64), (1,), 0.9))
+
+
+def test_sizes_are_judged_by_their_neighbours(monkeypatch):
+    rows = [(64, 64, 1, 0.5, 3.0, 3.0), (64, 256, 1, 0.5, 1.0, 3.0), (512, 512, 1, 0.5, 3.0, 3.0)]
+    measured(monkeypatch, fp32=rows)
+    refused = {
+        shape: sparse_cost.refusal("amx", "fp32", shape, (1,), 0.3) is not None
+        for shape in [(64, 63), (64, 64), (128, 64), (256, 64), (256, 256), (512, 512), (9999, 512)]
+    }
+    assert list(refused.values()) == [True, False, True, True, True, False, False]
+    assert "smallest that was measured has 4096" in str(
+        sparse_cost.refusal("amx", "fp32", (64, 63), (1,), 0.3)
+    )
 
 
 def test_other_targets_stay_dense():
@@ -164,7 +182,8 @@ def test_bad_options(options):
     ("flags", "name"),
     [
         ("avx2 fma avx512f", "avx2"),
-        ("avx2 fma avx512_vnni avx512_vbmi2 avx512bw avx512vl avx512dq", "avx512"),
+        ("avx2 fma avx512_vnni avx512_vbmi2 avx512bw avx512vl avx512dq", "avx2"),
+        ("avx2 fma avx512_vnni avx512vbmi avx512_vbmi2 avx512bw avx512vl avx512dq", "avx512"),
         ("sse2", "other"),
     ],
 )
