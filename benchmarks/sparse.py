@@ -88,6 +88,7 @@ class Chain:
     def node(
         self, op: str, inputs: Sequence[str], output: str, domain: str = "", **attributes: Any
     ) -> None:
+        """Add a node."""
         self.nodes.append(helper.make_node(op, inputs, [output], domain=domain, **attributes))
 
     def const(self, name: str, array: np.ndarray) -> str:

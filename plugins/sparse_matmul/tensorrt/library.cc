@@ -1,5 +1,6 @@
 // What TensorRT looks for in a plugin library: setLoggerFinder and getCreators, and nothing else is exported.
 #include <atomic>
+#include <cstdio>
 
 #include "plugin.h"
 
@@ -14,7 +15,10 @@ namespace optimize::sparse_matmul::tensorrt {
 void log_error(const std::string& text) noexcept {
   nvinfer1::ILoggerFinder* const found = finder.load();
   nvinfer1::ILogger* const logger = found == nullptr ? nullptr : found->findLogger();
-  if (logger != nullptr) logger->log(nvinfer1::ILogger::Severity::kERROR, text.c_str());
+  if (logger != nullptr)
+    logger->log(nvinfer1::ILogger::Severity::kERROR, text.c_str());
+  else  // TensorRT for RTX 1.7 has none to give
+    std::fprintf(stderr, "%s\n", text.c_str());
 }
 
 }  // namespace optimize::sparse_matmul::tensorrt

@@ -42,6 +42,13 @@ std::string text_of(const Dims& dims) {
   return text + "]";
 }
 
+// TensorRT's ONNX parser hands on the lower 32 bits of an integer: enough to tell declarations apart, and all of any
+// other attribute.
+int64_t from_parser(int32_t value) {
+  constexpr int64_t kWhole = OPTIMIZE_SPARSE_MATMUL_DECLARATION;
+  return value == static_cast<int32_t>(kWhole & 0xffffffff) ? kWhole : value;
+}
+
 bool is(const Dims& dims, std::initializer_list<int64_t> wanted) {
   return dims.nbDims == static_cast<int32_t>(wanted.size()) &&
          std::equal(wanted.begin(), wanted.end(), dims.d, [](int64_t w, auto d) { return w < 0 || w == d; });
@@ -232,7 +239,7 @@ nvinfer1::IPluginV3* Creator::createPlugin(nvinfer1::AsciiChar const* name,
       for (const auto& [key, value] : numbers) {
         if (std::strcmp(key, field.name) != 0 || field.data == nullptr || field.length != 1) continue;
         if (field.type == PluginFieldType::kINT64) *value = *static_cast<const int64_t*>(field.data);
-        if (field.type == PluginFieldType::kINT32) *value = *static_cast<const int32_t*>(field.data);
+        if (field.type == PluginFieldType::kINT32) *value = from_parser(*static_cast<const int32_t*>(field.data));
       }
       for (const auto& [key, value] : texts)
         if (std::strcmp(key, field.name) == 0 && field.data != nullptr && field.type == PluginFieldType::kCHAR) {

@@ -90,7 +90,7 @@ class Creator final : public nvinfer1::IPluginCreatorV3One {
   nvinfer1::PluginFieldCollection collection_{};
 };
 
-// Says an error through TensorRT's logger, if the library was given one.
+// Says an error through TensorRT's logger, or on stderr where the library was given none.
 void log_error(const std::string& text) noexcept;
 
 }  // namespace optimize::sparse_matmul::tensorrt

@@ -1,0 +1,203 @@
+"""CUDA kernels and the TensorRT plugin without a GPU: they compile, and the plugin does its part.
+
+Needs nvcc; the plugin also TensorRT's headers (TENSORRT_INCLUDE_DIR, or where CMake finds them),
+and engines TensorRT for RTX (``pip install optimize-onnx[tensorrt-rtx]``).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from optimizer.custom_ops.cuda_layout import pack_mma16
+from optimizer.custom_ops.declaration import DOMAIN, OP_TYPE, declaration_hash
+
+ROOT = Path(__file__).resolve().parent.parent
+NVCC = shutil.which("nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="there is no nvcc on the PATH")
+
+
+@pytest.mark.native
+@needs_nvcc
+def test_every_kernel_compiles_for_every_architecture_and_spills_nothing():
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "cuda_resources.py"), "--out", "/dev/stdout"],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    rows = json.loads(run.stdout[: run.stdout.rindex("}") + 1])["rows"]
+    assert {row["architecture"] for row in rows} == {80, 86, 87, 89, 90}
+    assert all(row["spill_bytes"] == 0 and row["registers"] <= 255 for row in rows)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the plugin library and the mini-host, built with warnings as errors."""
+    if shutil.which("cmake") is None:
+        pytest.skip("there is no cmake on the PATH")
+    folder = tmp_path_factory.mktemp("plugin")
+    configure = [
+        "cmake", "-S", str(ROOT / "plugins"), "-B", str(folder), "-DOPTIMIZE_WERROR=ON",
+        "-DOPTIMIZE_CUDA=ON", "-DOPTIMIZE_CUDA_ARCHITECTURES=80-real",
+    ]  # fmt: skip
+    if headers := os.environ.get("TENSORRT_INCLUDE_DIR"):
+        configure.append(f"-DTENSORRT_INCLUDE_DIR={headers}")
+    run = subprocess.run(configure, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    if "TensorRT plugin: off" in run.stdout:
+        pytest.skip("no NvInferRuntime.h; give its folder as TENSORRT_INCLUDE_DIR")
+    build = ["cmake", "--build", str(folder), "-j2", "--target", "optimize_tensorrt", "mini_host"]
+    run = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return folder / "sparse_matmul" / "tensorrt"
+
+
+@pytest.mark.tensorrt
+@needs_nvcc
+def test_plugin_exports_what_tensorrt_looks_for_and_nothing_else(built):
+    tool = shutil.which("nm")
+    if tool is None:
+        pytest.skip("there is no nm on the PATH")
+    command = [tool, "-D", "--defined-only", str(built / "liboptimize_tensorrt.so")]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert {line.split()[-1] for line in run.stdout.splitlines()} == {
+        "setLoggerFinder",
+        "getCreators",
+    }
+
+
+@pytest.mark.tensorrt
+@needs_nvcc
+def test_mini_host_walks_through_the_plugin(built):
+    command = [str(built / "mini_host"), str(built / "liboptimize_tensorrt.so")]
+    run = subprocess.run(
+        [*command, str(declaration_hash())], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "ok: the round trip keeps every field" in run.stdout
+    assert "ok: enqueue" in run.stdout or "no GPU: enqueue was not run" in run.stdout
+    other = subprocess.run(
+        [*command, str(declaration_hash() + 1)], capture_output=True, text=True, check=False
+    )
+    assert other.returncode == 1
+    assert "rebuild the plugin library" in other.stderr
+
+
+def model(**changes: object) -> onnx.ModelProto:
+    """One layer in float16, [batch, 7, 200] to [batch, 7, 130]."""
+    rng = np.random.default_rng(0)
+    k, n = 200, 130
+    weight = rng.standard_normal((k, n)).astype(np.float16)
+    weight[rng.random((k, n)) < 0.7] = 0
+    packed = pack_mma16(weight)
+    arrays = {
+        "bitmap": packed.bitmap,
+        "values": packed.values,
+        "offsets": packed.offsets,
+        "bias": np.zeros(n, np.float16),
+    }
+    attributes = {
+        "K": k, "N": n, "layout": "mma16", "activation": "gelu", "num_inputs": 5,
+        "declaration": declaration_hash(),
+    }  # fmt: skip
+    for name, value in changes.items():
+        (arrays if name in arrays else attributes)[name] = value
+    node = helper.make_node(OP_TYPE, ["x", *arrays], ["y"], domain=DOMAIN, name="l", **attributes)
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["batch", 7, size])
+        for name, size in (("x", k), ("y", n))
+    ]
+    initializers = [numpy_helper.from_array(a, name) for name, a in arrays.items()]
+    graph = helper.make_graph([node], "layer", ends[:1], ends[1:], initializers)
+    imports = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
+    return helper.make_model(graph, opset_imports=imports, ir_version=10)
+
+
+#: In a process of its own, since TensorRT aborts on some mistakes. The wheel's libraries lack the
+#: names that TensorRT looks for.
+BUILD = """
+import ctypes, hashlib, pathlib, sys, tempfile
+import importlib.util
+
+model, plugin = sys.argv[1:]
+site = pathlib.Path(importlib.util.find_spec("tensorrt_rtx").origin).parent.parent
+links = pathlib.Path(tempfile.mkdtemp())
+for path in site.glob("tensorrt_rtx*/**/lib*.so*"):
+    for name in {path.name, path.name.split(".so")[0] + ".so"}:
+        (links / name).symlink_to(path)
+for name in ("libtensorrt_rtx.so", "libtensorrt_onnxparser_rtx.so"):
+    ctypes.CDLL(str(links / name), mode=ctypes.RTLD_GLOBAL)
+import tensorrt_rtx as trt
+
+logger = trt.Logger(trt.Logger.ERROR)
+builder = trt.Builder(logger)
+trt.get_plugin_registry().load_library(plugin)
+
+def engine():
+    network = builder.create_network(0)
+    network.name = "layer"  # else the network's number in this process becomes part of the engine
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(pathlib.Path(model).read_bytes()):
+        return None
+    kinds = {network.get_layer(i).type for i in range(network.num_layers)}
+    assert trt.LayerType.PLUGIN_V3 in kinds
+    config = builder.create_builder_config()
+    profile = builder.create_optimization_profile()
+    profile.set_shape("x", (1, 7, 200), (2, 7, 200), (4, 7, 200))
+    config.add_optimization_profile(profile)
+    return builder.build_serialized_network(network, config)
+
+made = engine()
+print("engine", "none" if made is None else hashlib.sha256(bytes(made)).hexdigest())
+if made is not None:
+    print("engine", hashlib.sha256(bytes(engine())).hexdigest())
+"""
+
+
+def build_engine(proto: onnx.ModelProto, built: Path, folder: Path) -> tuple[list[str], str]:
+    """Digests of two engines, or "none"; and what was logged."""
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        pytest.skip("TensorRT for RTX is not installed: pip install tensorrt-rtx")
+    onnx.save(proto, folder / "model.onnx")
+    run = subprocess.run(
+        [sys.executable, "-c", BUILD, "model.onnx", str(built / "liboptimize_tensorrt.so")],
+        capture_output=True, text=True, check=False, cwd=folder,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    digests = [line.split()[1] for line in run.stdout.splitlines() if line.startswith("engine ")]
+    return digests, run.stdout + run.stderr
+
+
+@pytest.mark.tensorrt
+@needs_nvcc
+def test_engine_holds_the_plugin_and_is_deterministic(built, tmp_path):
+    digests, log = build_engine(model(), built, tmp_path)
+    assert len(digests) == 2, log
+    assert digests[0] == digests[1] != "none"
+
+
+@pytest.mark.tensorrt
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"declaration": 1}, "rebuild the plugin library"),
+        ({"layout": "n64k1"}, "has no CUDA kernel"),
+        ({"offsets": np.zeros(3, np.int32)}, "input 3 has the shape [3], expected [13]"),
+        ({"bitmap": np.zeros((12, 512), np.int32)}, ""),
+    ],
+)
+def test_bad_models_give_no_engine_and_a_reason(built, tmp_path, changes, said):
+    digests, log = build_engine(model(**changes), built, tmp_path)
+    assert digests == ["none"], log
+    assert said in log
