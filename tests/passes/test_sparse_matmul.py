@@ -187,7 +187,18 @@ def test_bad_options(options):
         ("sse2", "other"),
     ],
 )
-def test_class_of_a_machine(tmp_path, flags, name):
+def test_class_of_a_machine(tmp_path, monkeypatch, flags, name):
     path = tmp_path / "cpuinfo"
     path.write_text(f"processor : 0\nflags\t\t: {flags}\n", "utf-8")
+    monkeypatch.delenv("OPTIMIZE_ISA", raising=False)
+    assert sparse_cost.machine_class(path) == name
+
+
+@pytest.mark.parametrize(
+    ("wanted", "name"), [("avx2", "avx2"), ("amx", "avx512"), ("neon", "avx512")]
+)
+def test_class_is_that_of_the_kernels_that_run(tmp_path, monkeypatch, wanted, name):
+    path = tmp_path / "cpuinfo"
+    path.write_text(f"flags : {' '.join(sparse_cost.CLASSES['avx512'])} avx2 fma\n", "utf-8")
+    monkeypatch.setenv("OPTIMIZE_ISA", wanted)
     assert sparse_cost.machine_class(path) == name
