@@ -7,9 +7,12 @@ import numpy as np
 from optimizer.custom_ops.declaration import Layout
 from optimizer.custom_ops.packing import Packed, to_tiles
 
-#: Lane (g, c), fragment (k / 16, n / 16), then the lane's 8 weights of mma.m16n8k16's operand A:
-#: k = 8 u + 2 c + e, n = 8 v + g within the fragment.
-MMA16 = Layout("mma16", (8, 4, 4, 4, 2, 2, 2), (2, 4, 1, 6, 3, 5, 0))
+#: Unstructured: (nb, kb, h, g, t, e), k = 16 t + 4 kb + e, n = 16 nb + 8 h + g. A lane (g, t) of a
+#: warp takes groups e of four weights; those of all lanes for one (nb, kb, h) lie side by side.
+MMA16 = Layout("mma16", (4, 4, 2, 8, 4, 4), (4, 1, 5, 0, 2, 3))
+#: 2:4 along K: (kb, nb, u, v, g, t, e), k = 32 kb + 16 u + 4 t + e, n = 16 nb + 8 v + g; two of
+#: each group e are stored.
+SP16 = Layout("sp16", (2, 4, 2, 2, 8, 4, 4), (0, 2, 5, 6, 1, 3, 4))
 #: Values of a tile begin at multiples of this many: 16 bytes.
 ALIGNMENT = 8
 
@@ -17,11 +20,39 @@ ALIGNMENT = 8
 def pack_mma16(weight: np.ndarray) -> Packed:
     """The stored form of ``weight`` [K, N], of 16-bit numbers; gaps between tiles are zeros."""
     tiles = to_tiles(weight, MMA16)
-    stored = tiles != 0
+    return _pack(tiles, tiles != 0)
+
+
+def pack_sp16(weight: np.ndarray) -> Packed:
+    """The stored form of a 2:4 ``weight`` [K, N]: two values per group of four rows of a column.
+
+    Raises:
+        ValueError: A group has more than two weights that are not zero; names the first.
+    """
+    padded = np.pad(weight, ((0, -weight.shape[0] % 4), (0, 0)))
+    counts = (padded != 0).reshape(-1, 4, weight.shape[1]).sum(axis=1)
+    if counts.max(initial=0) > 2:
+        group, column = (int(v) for v in np.argwhere(counts > 2)[0])
+        msg = (
+            f"the weight {list(weight.shape)} is not 2:4 sparse along K: column {column} has "
+            f"{counts[group, column]} weights that are not zero in rows {4 * group} to "
+            f"{4 * group + 3}, at most 2 may be"
+        )
+        raise ValueError(msg)
+    tiles = to_tiles(weight, SP16)
+    groups = (tiles != 0).reshape(-1, 4)
+    # Where fewer than two are not zero, zeros are stored: the first ones of the group.
+    order = np.argsort(~groups, axis=1, kind="stable")[:, :2]
+    stored = np.zeros_like(groups)
+    np.put_along_axis(stored, order, values=True, axis=1)
+    return _pack(tiles, stored.reshape(tiles.shape))
+
+
+def _pack(tiles: np.ndarray, stored: np.ndarray) -> Packed:
     counts = stored.sum(axis=1)
     padded = -(-counts // ALIGNMENT) * ALIGNMENT
     offsets = np.concatenate([[0], np.cumsum(padded)]).astype(np.int32)
-    values = np.zeros(max(int(offsets[-1]), ALIGNMENT), weight.dtype)
+    values = np.zeros(max(int(offsets[-1]), ALIGNMENT), tiles.dtype)
     places = offsets[:-1, None] + np.cumsum(stored, axis=1) - 1
     values[places[stored]] = tiles[stored]
     bitmap = np.packbits(stored, axis=1, bitorder="little").view(np.int8)

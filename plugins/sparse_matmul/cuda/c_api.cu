@@ -13,14 +13,13 @@ Weight weight(int64_t K, int64_t N, int32_t layout, int32_t type, int32_t activa
                 static_cast<Layout>(layout), static_cast<Type>(type),
                 activation, static_cast<const uint8_t*>(bitmap),
                 values, static_cast<const int32_t*>(offsets),
-                bias,   nullptr,
-                nullptr};
+                bias};
 }
 
 }  // namespace
 
-OPTIMIZE_EXPORT int64_t optimize_cuda_workspace(int64_t K, int64_t N, int64_t M) {
-  return static_cast<int64_t>(workspace_bytes(weight(K, N, 16, 0, 0, nullptr, nullptr, nullptr, nullptr), M));
+OPTIMIZE_EXPORT int64_t optimize_cuda_workspace(int64_t K, int64_t N, int32_t layout, int64_t M) {
+  return static_cast<int64_t>(workspace_bytes(weight(K, N, layout, 0, 0, nullptr, nullptr, nullptr, nullptr), M));
 }
 
 // Null, or what went wrong.

@@ -1,81 +1,57 @@
 // Unstructured sparse weights times few tokens: the weights are read as they are stored, and multiplied densely by
-// tensor cores. Y^T = W^T X^T: 16 columns of W are the rows of mma.m16n8k16, 8 tokens its columns.
+// tensor cores.
 //
-// Layout mma16: position = lane * 128 + fragment * 8 + i of a 64 x 64 tile, fragment = (k / 16) * 4 + n / 16, so that
-// each lane owns 128 bits and one run of values. With g = lane / 4, c = lane % 4 and i = 4 u + 2 v + e, a lane's weight
-// i of a fragment is at k = 8 u + 2 c + e, n = 8 v + g: register 2 u + v of the A operand.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "kernels.h"
+// Layout mma16: position p = ((((nb * 4 + kb) * 2 + h) * 8 + g) * 4 + t) * 4 + e of a 64 x 64 tile is the weight at
+// k = 16 t + 4 kb + e, n = 16 nb + 8 h + g. One product (nb, kb) of 16 columns by 16 rows takes, in lane (g, t), two
+// groups (h) of four weights: four bits of the bitmap, and the values that belong to them, which lie side by side. The
+// lanes of a warp read 128 such weights from one run of values, so that few of them meet in a bank of shared memory. Where
+// a group begins follows from a table of the 128 words of the tile's bitmap and the number of values before each.
+// The rows of W are taken in another order than in the instruction, and those of X^T in the same order: lane (g, t)
+// multiplies 16 neighbours of its token's x.
+#include "decode.h"
 
 namespace optimize::sparse_matmul::cuda {
 namespace {
 
-constexpr int kTile = 64, kWarps = 4, kMostTokens = 16;
-constexpr int kTileValues = kTile * kTile;           // at most
-constexpr int kStageBytes = kTileValues * 2 + 16;    // one tile's values
 constexpr int kStages = 2;
-
-__device__ __forceinline__ void copy_async(void* to, const void* from) {
-  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from));
-}
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"); }
-template <int kLeft>
-__device__ __forceinline__ void wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft));
-}
-
-template <typename T>
-__device__ __forceinline__ void multiply(float* d, const uint32_t* a, const uint32_t* b);
-template <>
-__device__ __forceinline__ void multiply<__half>(float* d, const uint32_t* a, const uint32_t* b) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-template <>
-__device__ __forceinline__ void multiply<__nv_bfloat16>(float* d, const uint32_t* a, const uint32_t* b) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-// Two neighbours of x, zero outside of it.
-__device__ __forceinline__ uint32_t two_of(const uint16_t* x, int64_t row, int64_t k, int64_t rows, int64_t K) {
-  if (row >= rows || k >= K) return 0;
-  const uint16_t* at = x + row * K + k;
-  if (K % 2 == 0) return __ldg(reinterpret_cast<const uint32_t*>(at));
-  const uint32_t high = k + 1 < K ? at[1] : 0;
-  return at[0] | high << 16;
-}
+constexpr int kStageBytes = kTile * kTile * 2 + 16;  // of one tile's values, and what a lane may read after the last one
+constexpr int kTableBytes = 128 * 8;
+constexpr int kWarpBytes = kStages * kStageBytes + kTableBytes;
 
 __device__ __forceinline__ int count(uint4 bits) { return __popc(bits.x) + __popc(bits.y) + __popc(bits.z) + __popc(bits.w); }
 
-__device__ __forceinline__ float activate(int kind, float v) {
-  switch (kind) {
-    case 1:
-      return fmaxf(v, 0.0f);
-    case 2:
-      return 0.5f * v * (1.0f + erff(v * 0.70710678f));
-    case 3:
-      return 0.5f * v * (1.0f + tanhf(0.79788456f * (v + 0.044715f * v * v * v)));
-    case 4:
-      return v / (1.0f + expf(-v));
-    default:
-      return v;
+// 16 neighbours of x from a multiple of 16 on; zero outside of it.
+__device__ __forceinline__ void sixteen_of(const uint16_t* x, int64_t row, int64_t k, int64_t rows, int64_t K,
+                                           uint32_t* out) {
+  if (row < rows && K % 8 == 0 && k + 16 <= K) {
+    const uint4* at = reinterpret_cast<const uint4*>(x + row * K + k);
+    const uint4 low = __ldg(at), high = __ldg(at + 1);
+    out[0] = low.x, out[1] = low.y, out[2] = low.z, out[3] = low.w;
+    out[4] = high.x, out[5] = high.y, out[6] = high.z, out[7] = high.w;
+    return;
   }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) out[i] = two_of(x, row, k + 2 * i, rows, K);
 }
 
-// One block: one strip of 64 columns, one share of the tiles along K, up to 16 tokens. parts [splits][M][N].
+// The four weights of which `nibble` says which are stored, as two registers. `run` is the first stored one.
+__device__ __forceinline__ void four_of(uint32_t nibble, const uint16_t* run, uint32_t* low, uint32_t* high) {
+  const uint32_t bits = nibble * 0x00204081u & 0x01010101u;  // bit e in byte e
+  const uint32_t before = bits * 0x01010100u;                // byte e: stored weights before it
+  const uint32_t v0 = run[0], v1 = run[before >> 8 & 0xff], v2 = run[before >> 16 & 0xff], v3 = run[before >> 24];
+  // Halves that are not stored come from the upper half of what was read, which is zero.
+  *low = __byte_perm(v0, v1, 0x7632u - 0x0022u * (bits & 1) - 0x2200u * (bits >> 8 & 1));
+  *high = __byte_perm(v2, v3, 0x7632u - 0x0022u * (bits >> 16 & 1) - 0x2200u * (bits >> 24));
+}
+
 template <typename T, int kTokenTiles>
-__global__ void __launch_bounds__(kWarps * 32) strip_products(Weight w, const uint16_t* x, int64_t M, float* parts) {
-  extern __shared__ __align__(16) unsigned char memory[];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+__global__ void __launch_bounds__(kWarps * 32) unstructured(Weight w, const uint16_t* x, int64_t M, float* parts) {
+  OPTIMIZE_SHARED(memory);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int64_t tiles_k = (w.K + kTile - 1) / kTile, strip = blockIdx.x, first_token = blockIdx.z * int64_t{kMostTokens};
   const int64_t begin = tiles_k * blockIdx.y / gridDim.y, end = tiles_k * (blockIdx.y + 1) / gridDim.y;
-  unsigned char* stages = memory + warp * kStages * kStageBytes;
+  unsigned char* stages = memory + warp * kWarpBytes;
+  uint4* table = reinterpret_cast<uint4*>(stages + kStages * kStageBytes);  // two entries {word, values before it} each
   const uint16_t* values = static_cast<const uint16_t*>(w.values);
 
   // What says where a tile's values are is read two tiles ahead, and the values one tile ahead.
@@ -94,7 +70,7 @@ __global__ void __launch_bounds__(kWarps * 32) strip_products(Weight w, const ui
     const unsigned char* source = reinterpret_cast<const unsigned char*>(values + place.from);
     const int bytes = (place.to - place.from) * 2;
     for (int i = lane * 16; i < bytes; i += 512) copy_async(stages + stage * kStageBytes + i, source + i);
-    commit();
+    commit_copies();
   };
 
   float sums[4][kTokenTiles][4] = {};
@@ -106,120 +82,61 @@ __global__ void __launch_bounds__(kWarps * 32) strip_products(Weight w, const ui
     fetch(next, stage ^ 1);
     next = place_of(kt + 2 * kWarps);
     const uint4 later = bits_of(kt + kWarps);
+    uint32_t b[kTokenTiles][8];
+#pragma unroll
+    for (int i = 0; i < kTokenTiles; ++i)
+      sixteen_of(x, first_token + i * 8 + g, kt * kTile + 16 * t, M, w.K, b[i]);
     const int own = count(bits);
     int start = own;  // inclusive sum over the lanes up to this one
     for (int d = 1; d < 32; d *= 2) {
       const int other = __shfl_up_sync(0xffffffffu, start, d);
       if (lane >= d) start += other;
     }
-    wait<1>();
+    const uint32_t first = static_cast<uint32_t>(start - own), second = first + __popc(bits.x),
+                   third = second + __popc(bits.y), fourth = third + __popc(bits.z);
+    table[lane * 2] = uint4{bits.x, first, bits.y, second};
+    table[lane * 2 + 1] = uint4{bits.z, third, bits.w, fourth};
+    wait_copies<1>();
     __syncwarp();
-    const uint16_t* run = reinterpret_cast<const uint16_t*>(stages + stage * kStageBytes) + (start - own);
-    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+    const uint16_t* run = reinterpret_cast<const uint16_t*>(stages + stage * kStageBytes);
+    const uint2* entries = reinterpret_cast<const uint2*>(table) + g / 2;
+    const int shift = g % 2 * 16 + t * 4;
 #pragma unroll
-    for (int fk = 0; fk < 4; ++fk) {
-      uint32_t b[kTokenTiles][2];
-      const int64_t k = kt * kTile + fk * 16 + 2 * c;
+    for (int nb = 0; nb < 4; ++nb)
 #pragma unroll
-      for (int t = 0; t < kTokenTiles; ++t) {
-        b[t][0] = two_of(x, first_token + t * 8 + g, k, M, w.K);
-        b[t][1] = two_of(x, first_token + t * 8 + g, k + 8, M, w.K);
-      }
-#pragma unroll
-      for (int fn = 0; fn < 4; ++fn) {
-        const uint32_t byte = words[fk] >> (fn * 8);
+      for (int kb = 0; kb < 4; ++kb) {
         uint32_t a[4];
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const uint32_t low = byte >> (2 * r) & 1, high = byte >> (2 * r + 1) & 1;
-          const uint32_t v0 = run[0], v1 = run[low];
-          a[r] = (low ? v0 : 0) | (high ? v1 << 16 : 0);
-          run += low + high;
+        for (int h = 0; h < 2; ++h) {
+          const uint2 entry = entries[((nb * 4 + kb) * 2 + h) * 4];
+          const uint32_t before = __popc(entry.x & ((1u << shift) - 1));
+          four_of(entry.x >> shift & 15, run + entry.y + before, &a[h], &a[2 + h]);
         }
 #pragma unroll
-        for (int t = 0; t < kTokenTiles; ++t) multiply<T>(sums[fn][t], a, b[t]);
+        for (int i = 0; i < kTokenTiles; ++i) multiply(T{}, sums[nb][i], a, b[i] + 2 * kb);
       }
-    }
     __syncwarp();
     bits = later;
   }
-  wait<0>();
-  __syncthreads();
-  // Sums of the block's warps, in the order of the warps.
-  float* shared = reinterpret_cast<float*>(memory);  // [kWarps][kTokenTiles * 8][64]
-#pragma unroll
-  for (int fn = 0; fn < 4; ++fn)
-#pragma unroll
-    for (int t = 0; t < kTokenTiles; ++t)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int n = fn * 16 + g + i / 2 * 8, token = t * 8 + 2 * c + i % 2;
-        shared[(warp * kTokenTiles * 8 + token) * kTile + n] = sums[fn][t][i];
-      }
-  __syncthreads();
-  for (int i = threadIdx.x; i < kTokenTiles * 8 * kTile; i += kWarps * 32) {
-    const int64_t token = first_token + i / kTile, column = strip * kTile + i % kTile;
-    if (token >= M || column >= w.N) continue;
-    float sum = 0;
-    for (int v = 0; v < kWarps; ++v) sum += shared[v * kTokenTiles * 8 * kTile + i];
-    parts[(blockIdx.y * M + token) * w.N + column] = sum;
-  }
+  wait_copies<0>();
+  write_sums<kTokenTiles>(sums, memory, strip, first_token, M, w.N, parts);
 }
 
-template <typename T>
-__global__ void finish(Weight w, const float* parts, int splits, int64_t M, T* y) {
-  const int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
-  if (i >= M * w.N) return;
-  float sum = 0;
-  for (int s = 0; s < splits; ++s) sum += parts[s * M * w.N + i];
-  if (w.bias) sum += static_cast<float>(static_cast<const T*>(w.bias)[i % w.N]);
-  y[i] = static_cast<T>(activate(w.activation, sum));
-}
-
-int splits_of(const Weight& w, int64_t M) {
-  int device = 0, processors = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  const int64_t strips = (w.N + kTile - 1) / kTile, chunks = (M + kMostTokens - 1) / kMostTokens;
-  const int64_t most = (w.K + kTile * kWarps - 1) / (kTile * kWarps);  // a tile for each warp
-  // As many blocks as run at once: a multiprocessor's shared memory holds the stages of three.
-  const int64_t splits = int64_t{3} * processors / (strips * chunks);
-  return static_cast<int>(splits < 1 ? 1 : splits > most ? most : splits);
-}
-
-template <typename T, int kTokenTiles>
-cudaError_t launch(const Weight& w, const void* x, int64_t M, void* y, float* parts, cudaStream_t stream) {
-  const int splits = splits_of(w, M);
-  constexpr int kBytes = kWarps * kStages * kStageBytes;
-  const auto kernel = strip_products<T, kTokenTiles>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error != cudaSuccess) return error;
-  const dim3 grid(static_cast<unsigned>((w.N + kTile - 1) / kTile), static_cast<unsigned>(splits),
-                  static_cast<unsigned>((M + kMostTokens - 1) / kMostTokens));
-  kernel<<<grid, kWarps * 32, kBytes, stream>>>(w, static_cast<const uint16_t*>(x), M, parts);
-  error = cudaGetLastError();
-  if (error != cudaSuccess) return error;
-  const int64_t blocks = (M * w.N + 255) / 256;
-  finish<T><<<static_cast<unsigned>(blocks), 256, 0, stream>>>(w, parts, splits, M, static_cast<T*>(y));
-  return cudaGetLastError();
-}
+constexpr int kBlocksPerProcessor = 3;  // as shared memory allows
 
 template <typename T>
 cudaError_t run_as(const Weight& w, const void* x, int64_t M, void* y, float* parts, cudaStream_t stream) {
-  return M <= 8 ? launch<T, 1>(w, x, M, y, parts, stream) : launch<T, 2>(w, x, M, y, parts, stream);
+  const int splits = decode_mma16_splits(w, M);
+  constexpr int kBytes = kWarps * kWarpBytes;
+  return M <= 8 ? launch_strips<T>(unstructured<T, 1>, kBytes, splits, w, x, M, y, parts, stream)
+                : launch_strips<T>(unstructured<T, 2>, kBytes, splits, w, x, M, y, parts, stream);
 }
 
 }  // namespace
 
-size_t workspace_bytes(const Weight& w, int64_t M) {
-  const size_t bytes = static_cast<size_t>(splits_of(w, M)) * static_cast<size_t>(M * w.N) * sizeof(float);
-  return (bytes + 255) / 256 * 256;
-}
+int decode_mma16_splits(const Weight& w, int64_t M) { return splits_of(w, M, kBlocksPerProcessor); }
 
-cudaError_t run(const Weight& w, const void* x, int64_t M, void* y, void* workspace, cudaStream_t stream) {
-  if (M == 0) return cudaSuccess;
-  if (w.layout != Layout::mma16) return cudaErrorNotSupported;
-  float* parts = static_cast<float*>(workspace);
+cudaError_t decode_mma16(const Weight& w, const void* x, int64_t M, void* y, float* parts, cudaStream_t stream) {
   return w.type == Type::f16 ? run_as<__half>(w, x, M, y, parts, stream)
                              : run_as<__nv_bfloat16>(w, x, M, y, parts, stream);
 }

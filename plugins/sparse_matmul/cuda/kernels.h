@@ -1,7 +1,7 @@
 // CUDA kernels of SparseMatMul: y = activation(x W + bias). Knows no framework.
 //
 // Stored form as in ../sparse_matmul.h (64 x 64 tiles, bitmap, values, offsets), with layouts of its own that
-// give every lane what it needs in the order in which it needs it; see layout.h.
+// give every lane what it needs in the order in which it needs it.
 #pragma once
 
 #include <cstddef>
@@ -12,13 +12,11 @@
 
 namespace optimize::sparse_matmul::cuda {
 
-// mma16   unstructured, 16-bit values in the order of the fragments of mma.m16n8k16
-// mma8    unstructured, int8 values in the order of the fragments of mma.m16n8k32
-// sp16    2:4 along K, 16-bit values and metadata of mma.sp.m16n8k32
-// sp8     2:4 along K, int8 values and metadata of mma.sp.m16n8k64
-enum class Layout : int32_t { mma16 = 16, mma8 = 17, sp16 = 18, sp8 = 19 };
+// mma16   unstructured, 16-bit values (decode.cu)
+// sp16    2:4 along K, 16-bit values (sparse24.cu)
+enum class Layout : int32_t { mma16 = 16, sp16 = 18 };
 
-enum class Type : int32_t { f16 = 0, bf16 = 1 };  // of x, y, bias, and of the values of mma16 and sp16
+enum class Type : int32_t { f16 = 0, bf16 = 1 };  // of x, y, bias and values
 
 // All pointers are device memory. `activation` as in ../sparse_matmul.h.
 struct Weight {
@@ -26,15 +24,13 @@ struct Weight {
   Layout layout;
   Type type;
   int32_t activation;
-  const uint8_t* bitmap;    // [T, 512] bitmap, or metadata (sp16, sp8), 16-byte aligned
+  const uint8_t* bitmap;    // [T, 512], 16-byte aligned
   const void* values;       // 16-byte aligned; tiles start at multiples of 16 bytes
   const int32_t* offsets;   // [T + 1], in values
   const void* bias;         // [N] of `type`, or null
-  const float* scale;       // [N], mma8 and sp8: W = values * scale[n]
-  const float* x_scale;     // [1] static scale of x, mma8 and sp8; null = one scale per token, computed here
 };
 
-// Bytes of device scratch that run() needs for M tokens (split-K sums, codes of x), 256-byte aligned.
+// Bytes of device scratch that run() needs for M tokens (sums of shares of K), 256-byte aligned.
 size_t workspace_bytes(const Weight& weight, int64_t M);
 
 // Enqueues y [M, N] = activation(x [M, K] W + bias) on `stream`; x and y row-major, dense, 16-byte aligned. Any
