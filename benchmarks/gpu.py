@@ -3,9 +3,10 @@
     python benchmarks/gpu.py [--only check|bench] [--time-limit 200] [--out FILE.json]
 
 Needs nvcc, a GPU, and PyTorch with CUDA; nothing of the package has to be installed. Results are
-compared with float64, their error with that of cuBLAS in the same precision; then sparse products
-of few tokens are timed against cuBLAS, taking turns, on as many copies of a weight as no cache
-holds. The file of results is written after every row.
+compared with float64, their error with that of cuBLAS in the same precision. Then sparse products
+are timed against cuBLAS, taking turns, on as many copies of a weight as no cache holds: layout
+mma16 (unstructured) and sp16 (2:4) for few tokens, sp16 for many, and there PyTorch's own 2:4
+product (cuSPARSELt or CUTLASS) where it works. The file of results is written after every row.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ import torch
 
 HOME = Path(__file__).resolve().parent
 SOURCES = HOME.parent / "plugins" / "sparse_matmul" / "cuda"
-LANES = (8, 4, 4, 4, 2, 2, 2)
-PERM = (2, 4, 1, 6, 3, 5, 0)
-MMA16 = 16
+#: As in optimizer/custom_ops/cuda_layout.py: number of the layout, dimensions, permutation.
+LAYOUTS = {
+    "mma16": (16, (4, 4, 2, 8, 4, 4), (4, 1, 5, 0, 2, 3)),
+    "sp16": (18, (2, 4, 2, 2, 8, 4, 4), (0, 2, 5, 6, 1, 3, 4)),
+}
 TYPES = {torch.float16: 0, torch.bfloat16: 1}
 ACTIVATIONS = {
     0: lambda v: v,
@@ -41,6 +44,7 @@ ACTIVATIONS = {
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096), (8192, 8192), (4096, 14336))
 ZEROS = (0.5, 0.6, 0.7, 0.8)
 TOKENS = (1, 4, 8, 16)
+MANY = (128, 512, 2048)
 CACHE = 400e6  # bytes of dense copies: more than the second-level cache of any GPU
 
 
@@ -57,7 +61,8 @@ def build(folder: Path) -> ctypes.CDLL:
     subprocess.run(command, check=True)
     lib = ctypes.CDLL(str(library))
     i64, i32, pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
-    lib.optimize_cuda_workspace.argtypes, lib.optimize_cuda_workspace.restype = [i64] * 3, i64
+    lib.optimize_cuda_workspace.argtypes = [i64, i64, i32, i64]
+    lib.optimize_cuda_workspace.restype = i64
     lib.optimize_cuda_run.restype = ctypes.c_char_p
     lib.optimize_cuda_run.argtypes = [
         i64, i64, i32, i32, i32, *[pointer] * 5, i64, pointer, pointer, pointer,
@@ -66,17 +71,22 @@ def build(folder: Path) -> ctypes.CDLL:
 
 
 class Sparse:
-    """A weight [K, N] in the layout mma16 on the GPU (optimizer/custom_ops/cuda_layout.py)."""
+    """A weight [K, N] in a layout on the GPU (optimizer/custom_ops/cuda_layout.py)."""
 
-    def __init__(self, lib: ctypes.CDLL, weight: torch.Tensor) -> None:
+    def __init__(self, lib: ctypes.CDLL, weight: torch.Tensor, layout: str = "mma16") -> None:
         self.lib, (self.k, self.n), self.type = lib, weight.shape, TYPES[weight.dtype]
+        self.layout, dims, perm = LAYOUTS[layout]
         rows, columns = -(-self.k // 64), -(-self.n // 64)
         padded = torch.nn.functional.pad(weight, (0, columns * 64 - self.n, 0, rows * 64 - self.k))
         tiles = padded.view(rows, 64, columns, 64).permute(2, 0, 1, 3).reshape(-1, 64 * 64)
-        turned = [LANES[i] for i in PERM]
-        back = [1 + PERM.index(i) for i in range(len(PERM))]
+        turned = [dims[i] for i in perm]
+        back = [1 + perm.index(i) for i in range(len(perm))]
         flat = tiles.view(-1, *turned).permute(0, *back).reshape(-1, 4096)
         stored = flat != 0
+        if layout == "sp16":  # two of each four, zeros among them where fewer are not zero
+            order = stored.view(-1, 4).to(torch.uint8).argsort(1, descending=True, stable=True)
+            stored = torch.zeros_like(stored).view(-1, 4)
+            stored = stored.scatter_(1, order[:, :2], value=True).view(flat.shape)
         counts = (stored.sum(1) + 7) // 8 * 8
         zero = torch.zeros(1, dtype=torch.int64, device=weight.device)
         offsets = torch.cat([zero, counts.cumsum(0)])
@@ -104,7 +114,7 @@ class Sparse:
 
     def workspace(self, tokens: int) -> torch.Tensor:
         """Scratch for a call."""
-        size = self.lib.optimize_cuda_workspace(self.k, self.n, tokens)
+        size = self.lib.optimize_cuda_workspace(self.k, self.n, self.layout, tokens)
         return torch.empty(max(size, 256), dtype=torch.uint8, device="cuda")
 
     def __call__(
@@ -113,8 +123,8 @@ class Sparse:
     ) -> None:  # fmt: skip
         """Y = activation(x W + bias) on the current stream."""
         error = self.lib.optimize_cuda_run(
-            self.k, self.n, MMA16, self.type, kind, self.bitmap.data_ptr(), self.values.data_ptr(),
-            self.offsets.data_ptr(), None if bias is None else bias.data_ptr(), x.data_ptr(),
+            self.k, self.n, self.layout, self.type, kind, self.bitmap.data_ptr(),
+            self.values.data_ptr(), self.offsets.data_ptr(), None if bias is None else bias.data_ptr(), x.data_ptr(),
             x.shape[0], y.data_ptr(), scratch.data_ptr(), torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
         if error:
@@ -127,42 +137,55 @@ def random_weight(k: int, n: int, density: float, dtype: torch.dtype) -> torch.T
     return (weight * (torch.rand(k, n, device="cuda") < density)).to(dtype)
 
 
+def keep_two_of_four(weight: torch.Tensor) -> torch.Tensor:
+    """The weight without the two smallest of every four rows of a column."""
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, -weight.shape[0] % 4))
+    groups = padded.view(-1, 4, weight.shape[1]).clone()
+    groups.scatter_(1, groups.abs().argsort(1)[:, :2], 0)
+    return groups.view(-1, weight.shape[1])[: weight.shape[0]].contiguous()
+
+
 def check(lib: ctypes.CDLL, results: dict[str, Any], *, tiny: bool) -> None:
-    """Random shapes with tails, all activations and types, against float64."""
+    """Random shapes with tails, all layouts, activations and types, against float64."""
     torch.manual_seed(0)
     shapes = [(64, 64), (1, 1), (70, 130), (257, 100), (1000, 333), (4096, 512)]
-    count, worst = 0, 0.0
+    worst: dict[str, list[float]] = {layout: [] for layout in LAYOUTS}
     for k, n in shapes[: 3 if tiny else None]:
         for density in (0.0, 0.02, 0.3, 0.5, 1.0):
             for dtype in TYPES:
                 weight = random_weight(k, n, density, dtype)
-                sparse = Sparse(lib, weight)
-                for tokens in (1, 2, 7, 8, 9, 16, 17, 33):
-                    x = torch.randn(tokens, k, device="cuda").to(dtype)
-                    bias = torch.randn(n, device="cuda").to(dtype) if tokens % 2 else None
-                    kind = (tokens + k) % 5
-                    whole = torch.full(
-                        (tokens * n + 128,), float("nan"), device="cuda", dtype=dtype
-                    )
-                    y = whole[64 : 64 + tokens * n].view(tokens, n)
-                    sparse(x, y, sparse.workspace(tokens), kind, bias)
-                    torch.cuda.synchronize()
-                    exact = x.double() @ weight.double() + (0 if bias is None else bias.double())
-                    naive = (x @ weight) if bias is None else (x @ weight) + bias
-                    exact, naive = ACTIVATIONS[kind](exact), ACTIVATIONS[kind](naive.float())
-                    ours = (y.double() - exact).abs().max().item()
-                    theirs = (naive.double() - exact).abs().max().item()
-                    # one rounding to the type of y is allowed to either
-                    eps = torch.finfo(dtype).eps * max(exact.abs().max().item(), 1e-3)
-                    assert ours <= 2 * theirs + eps, (k, n, density, dtype, tokens, ours, theirs)
-                    edge = torch.cat([whole[:64], whole[64 + tokens * n :]])
-                    assert edge.isnan().all(), ("wrote outside of y", k, n, tokens)
-                    worst = max(worst, ours / (2 * theirs + eps))
-                    count += 1
-    results["check"] = {"cases": count, "worst_share_of_the_bound": worst}
-    print(
-        f"checked {count} products; the worst error is {worst:.2f} of what is allowed", flush=True
-    )
+                for layout, shares in worst.items():
+                    here = keep_two_of_four(weight) if layout == "sp16" else weight
+                    sparse = Sparse(lib, here, layout)
+                    for tokens in (1, 2, 7, 8, 9, 16, 17, 33, 130):
+                        shares.append(check_one(sparse, here, tokens, (tokens + k) % 5))
+    results["check"] = {
+        layout: {"cases": len(shares), "worst_share_of_the_bound": max(shares)}
+        for layout, shares in worst.items()
+    }
+    print(f"checked: {results['check']}", flush=True)
+
+
+def check_one(sparse: Sparse, weight: torch.Tensor, tokens: int, kind: int) -> float:
+    """The largest error as a share of what is allowed."""
+    (k, n), dtype = weight.shape, weight.dtype
+    x = torch.randn(tokens, k, device="cuda").to(dtype)
+    bias = torch.randn(n, device="cuda").to(dtype) if tokens % 2 else None
+    whole = torch.full((tokens * n + 128,), float("nan"), device="cuda", dtype=dtype)
+    y = whole[64 : 64 + tokens * n].view(tokens, n)
+    sparse(x, y, sparse.workspace(tokens), kind, bias)
+    torch.cuda.synchronize()
+    exact = x.double() @ weight.double() + (0 if bias is None else bias.double())
+    naive = (x @ weight) if bias is None else (x @ weight) + bias
+    exact, naive = ACTIVATIONS[kind](exact), ACTIVATIONS[kind](naive.float())
+    ours = (y.double() - exact).abs().max().item()
+    theirs = (naive.double() - exact).abs().max().item()
+    # one rounding to the type of y is allowed to either
+    eps = torch.finfo(dtype).eps * max(exact.abs().max().item(), 1e-3)
+    assert ours <= 2 * theirs + eps, (sparse.layout, k, n, dtype, tokens, ours, theirs)
+    edge = torch.cat([whole[:64], whole[64 + tokens * n :]])
+    assert edge.isnan().all(), ("wrote outside of y", k, n, tokens)
+    return ours / (2 * theirs + eps)
 
 
 def timed(calls: list[Any], repeats: int) -> list[float]:
@@ -188,44 +211,63 @@ def timed(calls: list[Any], repeats: int) -> list[float]:
     return times[2:]
 
 
+def read_bandwidth() -> float:
+    """GB/s of reading memory: cuBLAS with one token and a large weight."""
+    x = torch.randn(1, 16384, device="cuda", dtype=torch.float16)
+    weights = [torch.randn(16384, 16384, device="cuda", dtype=torch.float16) for _ in range(2)]
+    times = timed([functools.partial(torch.matmul, x, w) for w in weights], 12)
+    return weights[0].numel() * 2 / statistics.median(times) / 1e3
+
+
+def semi_structured(weight: torch.Tensor, x: torch.Tensor) -> list[Any] | None:
+    """PyTorch's own 2:4 product of x [M, K] as a call, or None where it does not work."""
+    try:
+        packed = torch.sparse.to_sparse_semi_structured(weight.t().contiguous())
+        torch.mm(packed, x.t())
+    except (RuntimeError, NotImplementedError, ValueError):
+        return None
+    return [functools.partial(torch.mm, packed, x.t())]
+
+
 def bench(lib: ctypes.CDLL, results: dict[str, Any], save: Any, deadline: float) -> None:
-    """Few tokens: sparse against cuBLAS."""
-    rows = results.setdefault("decode", [])
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    copies = timed([lambda a=source, b=target: b.copy_(a)] * 4, 12)
-    bandwidth = 2 * source.numel() / statistics.median(copies) / 1e3
-    results["copy_GBps"] = bandwidth
-    del source, target
-    print(f"copy: {bandwidth:.0f} GB/s", flush=True)
-    for k, n in SHAPES:
+    """Sparse against cuBLAS: few tokens in both layouts, many with 2:4."""
+    bandwidth = results["read_GBps"] = read_bandwidth()
+    print(f"reading: {bandwidth:.0f} GB/s", flush=True)
+    jobs = [(shape, zeros, "mma16", TOKENS) for shape in SHAPES for zeros in ZEROS]
+    jobs += [(shape, 0.5, "sp16", TOKENS + MANY) for shape in SHAPES]
+    jobs.sort(key=lambda job: job[0] != SHAPES[0])  # all kinds of the first shape first
+    for (k, n), zeros, layout, counts in jobs:
+        if time.monotonic() > deadline:
+            results["stopped"] = "time limit"
+            return
+        weight = random_weight(k, n, 1 - zeros, torch.float16)
+        if layout == "sp16":
+            weight = keep_two_of_four(random_weight(k, n, 1.0, torch.float16))
         number = max(2, round(CACHE / (2 * k * n)))
-        for zeros in ZEROS:
-            if time.monotonic() > deadline:
-                results["stopped"] = "time limit"
-                return
-            weight = random_weight(k, n, 1 - zeros, torch.float16)
-            first = Sparse(lib, weight)
-            sparse = [first, *(first.copy() for _ in range(number - 1))]
-            dense = [weight, *(weight.clone() for _ in range(number - 1))]
-            line = f"{k}x{n} {zeros:.0%} zeros:"
-            for tokens in TOKENS:
-                x = torch.randn(tokens, k, device="cuda", dtype=torch.float16)
-                y = torch.empty(tokens, n, device="cuda", dtype=torch.float16)
-                scratch = first.workspace(tokens)
-                ours = timed([functools.partial(s, x, y, scratch) for s in sparse], 22)
-                base = timed([functools.partial(torch.matmul, x, w, out=y) for w in dense], 22)
-                low, high = statistics.median(base), statistics.median(ours)
-                rate = first.nbytes / high / 1e3
-                rows.append(
-                    {"shape": [k, n], "zeros": zeros, "tokens": tokens, "cublas_us": low,
-                     "sparse_us": high, "speedup": low / high, "spread_us": [min(ours), max(ours)],
-                     "GBps": rate, "of_copy": rate / bandwidth,
-                     "limit": 2 * k * n / first.nbytes}
-                )  # fmt: skip
-                line += f"  M={tokens} {low:.1f}/{high:.1f} us = {low / high:.2f}x"
-            print(f"{line}  (bytes {2 * k * n / first.nbytes:.2f}x, {rate:.0f} GB/s)", flush=True)
-            save()
+        first = Sparse(lib, weight, layout)
+        sparse = [first, *(first.copy() for _ in range(number - 1))]
+        dense = [weight, *(weight.clone() for _ in range(number - 1))]
+        line = f"{layout} {k}x{n} {zeros:.0%} zeros:"
+        for tokens in counts:
+            x = torch.randn(tokens, k, device="cuda", dtype=torch.float16)
+            y = torch.empty(tokens, n, device="cuda", dtype=torch.float16)
+            scratch = first.workspace(tokens)
+            ours = timed([functools.partial(s, x, y, scratch) for s in sparse], 22)
+            base = timed([functools.partial(torch.matmul, x, w, out=y) for w in dense], 22)
+            low, high = statistics.median(base), statistics.median(ours)
+            row = {
+                "layout": layout, "shape": [k, n], "zeros": zeros, "tokens": tokens,
+                "cublas_us": low, "sparse_us": high, "speedup": low / high,
+                "spread_us": [min(ours), max(ours)],
+                "of_read": first.nbytes / high / 1e3 / bandwidth, "byte_ratio": 2 * k * n / first.nbytes,
+            }  # fmt: skip
+            other = semi_structured(weight, x) if layout == "sp16" and tokens in MANY else None
+            if other is not None:
+                row["torch_semi_structured_us"] = statistics.median(timed(other, 22))
+            results.setdefault("products", []).append(row)
+            line += f"  M={tokens} {low:.1f}/{high:.1f} us = {low / high:.2f}x"
+        print(f"{line}  (bytes {2 * k * n / first.nbytes:.2f}x)", flush=True)
+        save()
 
 
 def sanitize(results: dict[str, Any]) -> None:

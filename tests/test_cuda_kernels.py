@@ -12,9 +12,11 @@ import subprocess
 from math import erf
 from pathlib import Path
 
+import gpu
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from native_library import guarded
@@ -190,3 +192,15 @@ def test_lanes_meet_in_few_banks(zeros):
     groups = before[:, ::4].reshape(200, 32, 32)  # [tile, (nb, kb, h), lane]
     found = [conflicts(lanes) for tile in groups for lanes in tile]
     assert np.mean(found) < 1.6
+
+
+@pytest.mark.parametrize("layout", FORMS)
+def test_gpu_benchmark_packs_the_same(layout):
+    """The script needs nothing of the package, so it has a packing of its own."""
+    weight = random_weight(np.random.default_rng(3), layout, (150, 70), 0.4, np.dtype(np.float16))
+    packed = PACK[layout](weight)
+    theirs = gpu.Sparse(None, torch.from_numpy(weight), layout)
+    assert theirs.layout == FORMS[layout]
+    np.testing.assert_array_equal(theirs.bitmap.numpy().view(np.int8), packed.bitmap)
+    np.testing.assert_array_equal(theirs.offsets.numpy(), packed.offsets)
+    np.testing.assert_array_equal(theirs.values.numpy(), packed.values)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -41,8 +42,8 @@ def test_every_kernel_compiles_for_every_architecture_and_spills_nothing():
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the plugin library and the mini-host, built with warnings as errors."""
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the adapters, built with warnings as errors."""
     if shutil.which("cmake") is None:
         pytest.skip("there is no cmake on the PATH")
     folder = tmp_path_factory.mktemp("plugin")
@@ -54,12 +55,34 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         configure.append(f"-DTENSORRT_INCLUDE_DIR={headers}")
     run = subprocess.run(configure, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
-    if "TensorRT plugin: off" in run.stdout:
-        pytest.skip("no NvInferRuntime.h; give its folder as TENSORRT_INCLUDE_DIR")
-    build = ["cmake", "--build", str(folder), "-j2", "--target", "optimize_tensorrt", "mini_host"]
+    targets = ["optimize_ops_cuda"]
+    if "TensorRT plugin: off" not in run.stdout:
+        targets += ["optimize_tensorrt", "mini_host"]
+    build = ["cmake", "--build", str(folder), "-j2", "--target", *targets]
     run = subprocess.run(build, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
-    return folder / "sparse_matmul" / "tensorrt"
+    return folder / "sparse_matmul"
+
+
+@pytest.fixture(scope="module")
+def built(libraries: Path) -> Path:
+    """Folder of the TensorRT plugin and its mini-host."""
+    folder = libraries / "tensorrt"
+    if not (folder / "mini_host").is_file():
+        pytest.skip("no NvInferRuntime.h; give its folder as TENSORRT_INCLUDE_DIR")
+    return folder
+
+
+@pytest.mark.native
+@needs_nvcc
+def test_onnx_runtime_takes_the_cuda_library_and_the_body_runs_without_a_gpu(libraries):
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(libraries / "ort_cuda" / "liboptimize_ops_cuda.so"))
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        pytest.skip("there is CUDA: benchmarks/gpu.py runs the kernels")
+    proto = model(layout="mma16")
+    with pytest.raises(Exception, match="SparseMatMul"):  # no provider here has a kernel
+        ort.InferenceSession(proto.SerializeToString(), options)
 
 
 @pytest.mark.tensorrt

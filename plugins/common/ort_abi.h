@@ -2,7 +2,7 @@
 //
 // ONNX Runtime's wheels come without headers. Its interface is a table of functions that is only ever appended
 // to; a slot here is the position of a function in that table (OrtApi of onnxruntime_c_api.h, version 17 or
-// later). tests/native/test_ort_abi.py compares them with a real header where one is installed.
+// later). tests/test_ort_abi.py compares them with a real header where one is at hand.
 #pragma once
 
 #include <cstddef>

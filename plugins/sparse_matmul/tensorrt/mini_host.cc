@@ -80,10 +80,10 @@ PluginTensorDesc describe(std::initializer_list<int64_t> sizes, DataType type) {
   return d;
 }
 
-// The position of (k, n) in a tile of layout mma16: lane, fragment, and the lane's place in its fragment.
+// The position of (k, n) in a tile of layout mma16 (cuda/decode.cu).
 int64_t mma16_place(int64_t k, int64_t n) {
-  const int64_t fragment = k / 16 * 4 + n / 16, lane = n % 8 * 4 + k % 8 / 2;
-  return lane * 128 + fragment * 8 + k / 8 % 2 * 4 + n / 8 % 2 * 2 + k % 2;
+  const int64_t nb = n / 16, h = n / 8 % 2, g = n % 8, t = k / 16, kb = k % 16 / 4, e = k % 4;
+  return ((((nb * 4 + kb) * 2 + h) * 8 + g) * 4 + t) * 4 + e;
 }
 
 // A weight in layout mma16 (cuda/decode.cu): 64 x 64 tiles, values of a tile from multiples of 8 on.

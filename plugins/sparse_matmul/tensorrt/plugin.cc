@@ -21,7 +21,7 @@ struct NamedLayout {
   const char* name;
   cuda::Layout layout;
 };
-constexpr NamedLayout kLayouts[] = {{"mma16", cuda::Layout::mma16}};
+constexpr NamedLayout kLayouts[] = {{"mma16", cuda::Layout::mma16}, {"sp16", cuda::Layout::sp16}};
 
 const NamedLayout* find_layout(const std::string& name) {
   const auto* found =
@@ -70,7 +70,7 @@ std::string check(const Attributes& a) {
            number(OPTIMIZE_SPARSE_MATMUL_DECLARATION) + "; rebuild the plugin library from the version that made the model";
   if (a.K <= 0 || a.N <= 0) return "K and N must be positive, got " + number(a.K) + " and " + number(a.N);
   if (find_layout(a.layout) == nullptr)
-    return "layout '" + a.layout + "' has no CUDA kernel; make the model with --target tensorrt";
+    return "layout '" + a.layout + "' has no CUDA kernel; those are mma16 and sp16";
   if (a.activation_kind() == static_cast<int32_t>(std::size(kActivations)))
     return "there is no activation '" + a.activation + "'";
   if (a.num_inputs != 4 && a.num_inputs != 5) return "expected 4 or 5 inputs, got " + number(a.num_inputs);
