@@ -84,9 +84,9 @@ class Sparse:
         flat = tiles.view(-1, *turned).permute(0, *back).reshape(-1, 4096)
         stored = flat != 0
         if layout == "sp16":  # two of each four, zeros among them where fewer are not zero
-            order = stored.view(-1, 4).to(torch.uint8).argsort(1, descending=True, stable=True)
-            stored = torch.zeros_like(stored).view(-1, 4)
-            stored = stored.scatter_(1, order[:, :2], value=True).view(flat.shape)
+            order = stored.view(-1, 4).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+            two = torch.zeros(order.shape, dtype=torch.uint8, device=weight.device)
+            stored = two.scatter_(1, order[:, :2], 1).bool().view(flat.shape)
         counts = (stored.sum(1) + 7) // 8 * 8
         zero = torch.zeros(1, dtype=torch.int64, device=weight.device)
         offsets = torch.cat([zero, counts.cumsum(0)])
@@ -124,7 +124,8 @@ class Sparse:
         """Y = activation(x W + bias) on the current stream."""
         error = self.lib.optimize_cuda_run(
             self.k, self.n, self.layout, self.type, kind, self.bitmap.data_ptr(),
-            self.values.data_ptr(), self.offsets.data_ptr(), None if bias is None else bias.data_ptr(), x.data_ptr(),
+            self.values.data_ptr(), self.offsets.data_ptr(),
+            None if bias is None else bias.data_ptr(), x.data_ptr(),
             x.shape[0], y.data_ptr(), scratch.data_ptr(), torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
         if error:
@@ -259,7 +260,8 @@ def bench(lib: ctypes.CDLL, results: dict[str, Any], save: Any, deadline: float)
                 "layout": layout, "shape": [k, n], "zeros": zeros, "tokens": tokens,
                 "cublas_us": low, "sparse_us": high, "speedup": low / high,
                 "spread_us": [min(ours), max(ours)],
-                "of_read": first.nbytes / high / 1e3 / bandwidth, "byte_ratio": 2 * k * n / first.nbytes,
+                "of_read": first.nbytes / high / 1e3 / bandwidth,
+                "byte_ratio": 2 * k * n / first.nbytes,
             }  # fmt: skip
             other = semi_structured(weight, x) if layout == "sp16" and tokens in MANY else None
             if other is not None:
