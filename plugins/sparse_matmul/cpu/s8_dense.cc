@@ -33,6 +33,16 @@ class Dense final : public Kernel {
   void run(const float* x, int64_t M, float* y, const Parallel& parallel) const override {
     if (M == 0) return;
     if (wants_windows(M)) return windows_.run(x, M, y, parallel);
+    // In chunks of tokens whose codes stay in the second cache while every strip is multiplied with them.
+    constexpr int64_t kChunkBytes = int64_t{1} << 19, kLeast = 128;
+    const int64_t most = std::max(kLeast, kChunkBytes / stride_), chunks = (M + most - 1) / most;
+    const int64_t step = ((M + chunks - 1) / chunks + 31) / 32 * 32;
+    for (int64_t first = 0; first < M; first += step)
+      run_chunk(x + first * w_.K, std::min(step, M - first), y + first * w_.N, parallel);
+  }
+
+ private:
+  void run_chunk(const float* x, int64_t M, float* y, const Parallel& parallel) const {
     static thread_local Scratch code_memory, step_memory;
     const int64_t rows = (M + 15) / 16 * 16;
     int8_t* codes = static_cast<int8_t*>(code_memory.bytes(rows * stride_));
@@ -45,7 +55,6 @@ class Dense final : public Kernel {
       run_large(all, M, y, parallel);
   }
 
- private:
   // Measured, from 40 to 95 % zeros. One token never makes the lists: they take more memory than the stored form.
   bool wants_windows(int64_t M) const {
     if (density_ > 0.6 || M < (density_ > 0.15 ? 6 : 2)) return false;
