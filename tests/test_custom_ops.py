@@ -24,6 +24,7 @@ from optimizer.custom_ops.header import header
 from optimizer.custom_ops.packing import Packed, pack, packed_bytes, unpack
 from optimizer.errors import MissingDependencyError
 
+#: With kernels for the CPU.
 FORMS = [
     ("n64k1", 4), ("n64k1", 5), ("n16k4", 6), ("n16k4", 7),
 ]  # fmt: skip
@@ -117,7 +118,7 @@ def test_unpacking_refuses_contradictions():
         unpack(packed, "n64k1", 70, 66)
 
 
-@pytest.mark.parametrize(("layout", "inputs"), FORMS)
+@pytest.mark.parametrize(("layout", "inputs"), [*FORMS, ("mma16", 4), ("mma16", 5), ("sp16", 5)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_body_is_what_it_says(layout, inputs, activation):
     arrays, weight = case(layout, inputs)

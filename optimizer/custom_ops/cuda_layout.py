@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from optimizer.custom_ops.declaration import Layout
+from optimizer.custom_ops.declaration import LAYOUTS
 from optimizer.custom_ops.packing import Packed, to_tiles
 
-#: Unstructured: (nb, kb, h, g, t, e), k = 16 t + 4 kb + e, n = 16 nb + 8 h + g. A lane (g, t) of a
-#: warp takes groups e of four weights; those of all lanes for one (nb, kb, h) lie side by side.
-MMA16 = Layout("mma16", (4, 4, 2, 8, 4, 4), (4, 1, 5, 0, 2, 3))
-#: 2:4 along K: (kb, nb, u, v, g, t, e), k = 32 kb + 16 u + 4 t + e, n = 16 nb + 8 v + g; two of
-#: each group e are stored.
-SP16 = Layout("sp16", (2, 4, 2, 2, 8, 4, 4), (0, 2, 5, 6, 1, 3, 4))
+MMA16, SP16 = LAYOUTS["mma16"], LAYOUTS["sp16"]
 #: Values of a tile begin at multiples of this many: 16 bytes.
 ALIGNMENT = 8
 

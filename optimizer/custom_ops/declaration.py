@@ -46,12 +46,14 @@ class Layout:
         dims: The positions, as an array of these dimensions ...
         perm: ... give the tile [64 (k), 64 (n)] when transposed by this and reshaped.
         int8: Whether the values are int8 with one scale per column.
+        device: "cpu" or "cuda".
     """
 
     name: str
     dims: tuple[int, ...]
     perm: tuple[int, ...]
     int8: bool = False
+    device: str = "cpu"
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -61,6 +63,13 @@ LAYOUTS: dict[str, Layout] = {
         Layout("n64k1", (64, 64), (0, 1)),
         # groups of 16 columns by 4 rows: what one 64-byte instruction of int8 products takes
         Layout("n16k4", (16, 4, 16, 4), (0, 3, 1, 2), int8=True),
+        # unstructured: (nb, kb, h, g, t, e), k = 16 t + 4 kb + e, n = 16 nb + 8 h + g. A lane
+        # (g, t) of a warp takes groups e of four weights; those of all lanes for one (nb, kb, h)
+        # lie side by side
+        Layout("mma16", (4, 4, 2, 8, 4, 4), (4, 1, 5, 0, 2, 3), device="cuda"),
+        # 2:4 along K: (kb, nb, u, v, g, t, e), k = 32 kb + 16 u + 4 t + e, n = 16 nb + 8 v + g; two
+        # of each group e are stored
+        Layout("sp16", (2, 4, 2, 2, 8, 4, 4), (0, 2, 5, 6, 1, 3, 4), device="cuda"),
     )
 }
 
@@ -74,7 +83,7 @@ def declaration_hash() -> int:
         "activations": ACTIVATIONS,
         "tile": TILE,
         "floor": FLOOR,
-        "layouts": [[x.name, x.dims, x.perm, x.int8] for x in LAYOUTS.values()],
+        "layouts": [[x.name, x.dims, x.perm, x.int8, x.device] for x in LAYOUTS.values()],
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

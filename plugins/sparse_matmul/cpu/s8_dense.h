@@ -12,7 +12,7 @@ constexpr int64_t kSmallTokens = 8;  // most tokens of one call of S8Dense::smal
 
 // s8_windows.h describes these.
 constexpr int64_t kWindowStep = 32;    // rows between the beginnings of two windows, which are 64 long
-constexpr int64_t kWindowTokens = 24;  // most tokens of one call of S8Dense::window_sums
+constexpr int64_t kWindowTokens = 26;  // most tokens of one call of S8Dense::window_sums
 struct alignas(64) WindowStep {
   uint8_t rows[64];    // [16 columns][4], within the window
   int8_t weights[64];  // 0 where there is none

@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kColumns = 16, kGroups = kTile / kColumns;
 constexpr int64_t kWindow = 2 * kWindowStep;
 constexpr int64_t kMostStrips = 4;    // of a task
-constexpr int64_t kMostWindows = 20;  // of a block: with the codes of 24 tokens they stay in the first cache
+constexpr int64_t kMostWindows = 18;  // of a block: with the codes of 26 tokens they stay in the first cache
 
 struct Entry {
   int64_t k;
