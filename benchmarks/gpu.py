@@ -31,6 +31,7 @@ SOURCES = HOME.parent / "plugins" / "sparse_matmul" / "cuda"
 #: As in optimizer/custom_ops/cuda_layout.py: number of the layout, dimensions, permutation.
 LAYOUTS = {
     "mma16": (16, (4, 4, 2, 8, 4, 4), (4, 1, 5, 0, 2, 3)),
+    "mma8": (17, (4, 2, 2, 2, 8, 4, 4), (1, 2, 5, 6, 0, 3, 4)),
     "sp16": (18, (2, 4, 2, 2, 8, 4, 4), (0, 2, 5, 6, 1, 3, 4)),
 }
 TYPES = {torch.float16: 0, torch.bfloat16: 1}
@@ -65,16 +66,23 @@ def build(folder: Path) -> ctypes.CDLL:
     lib.optimize_cuda_workspace.restype = i64
     lib.optimize_cuda_run.restype = ctypes.c_char_p
     lib.optimize_cuda_run.argtypes = [
-        i64, i64, i32, i32, i32, *[pointer] * 5, i64, pointer, pointer, pointer,
+        i64, i64, i32, i32, i32, *[pointer] * 7, i64, pointer, pointer, pointer,
     ]  # fmt: skip
     return lib
 
 
 class Sparse:
-    """A weight [K, N] in a layout on the GPU (optimizer/custom_ops/cuda_layout.py)."""
+    """A weight [K, N] in a layout on the GPU (optimizer/custom_ops/cuda_layout.py).
 
-    def __init__(self, lib: ctypes.CDLL, weight: torch.Tensor, layout: str = "mma16") -> None:
-        self.lib, (self.k, self.n), self.type = lib, weight.shape, TYPES[weight.dtype]
+    mma8 takes codes, int8, with one scale [N] per column; x and y are float16 then.
+    """
+
+    def __init__(
+        self, lib: ctypes.CDLL | None, weight: torch.Tensor, layout: str = "mma16",
+        scale: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.lib, (self.k, self.n), self.scale = lib, weight.shape, scale
+        self.type = TYPES.get(weight.dtype, TYPES[torch.float16])
         self.layout, dims, perm = LAYOUTS[layout]
         rows, columns = -(-self.k // 64), -(-self.n // 64)
         padded = torch.nn.functional.pad(weight, (0, columns * 64 - self.n, 0, rows * 64 - self.k))
@@ -87,12 +95,13 @@ class Sparse:
             order = stored.view(-1, 4).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
             two = torch.zeros(order.shape, dtype=torch.uint8, device=weight.device)
             stored = two.scatter_(1, order[:, :2], 1).bool().view(flat.shape)
-        counts = (stored.sum(1) + 7) // 8 * 8
+        unit = 16 // weight.element_size()  # tiles begin at multiples of 16 bytes
+        counts = (stored.sum(1) + unit - 1) // unit * unit
         zero = torch.zeros(1, dtype=torch.int64, device=weight.device)
         offsets = torch.cat([zero, counts.cumsum(0)])
         places = offsets[:-1, None] + stored.cumsum(1) - 1
         self.values = torch.zeros(
-            max(int(offsets[-1]), 8), dtype=weight.dtype, device=weight.device
+            max(int(offsets[-1]), unit), dtype=weight.dtype, device=weight.device
         )
         self.values[places[stored]] = flat[stored]
         powers = 2 ** torch.arange(8, device=weight.device)
@@ -125,7 +134,7 @@ class Sparse:
         error = self.lib.optimize_cuda_run(
             self.k, self.n, self.layout, self.type, kind, self.bitmap.data_ptr(),
             self.values.data_ptr(), self.offsets.data_ptr(),
-            None if bias is None else bias.data_ptr(), x.data_ptr(),
+            *(None if a is None else a.data_ptr() for a in (bias, self.scale, None, x)),
             x.shape[0], y.data_ptr(), scratch.data_ptr(), torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
         if error:
@@ -156,6 +165,9 @@ def check(lib: ctypes.CDLL, results: dict[str, Any], *, tiny: bool) -> None:
             for dtype in TYPES:
                 weight = random_weight(k, n, density, dtype)
                 for layout, shares in worst.items():
+                    if layout == "mma8":
+                        shares.extend(check_int8(lib, weight, tokens) for tokens in (1, 9, 33))
+                        continue
                     here = keep_two_of_four(weight) if layout == "sp16" else weight
                     sparse = Sparse(lib, here, layout)
                     for tokens in (1, 2, 7, 8, 9, 16, 17, 33, 130):
@@ -212,6 +224,28 @@ def timed(calls: list[Any], repeats: int) -> list[float]:
     return times[2:]
 
 
+def int8_of(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [K, N] and scales [N]."""
+    scale = weight.float().abs().amax(0).clamp_min(1e-12) / 127
+    return (weight.float() / scale).round().to(torch.int8), scale.float()
+
+
+def check_int8(lib: ctypes.CDLL, weight: torch.Tensor, tokens: int) -> float:
+    """The largest error as a share of what is allowed: y's rounding and a few of float32."""
+    codes, scale = int8_of(weight)
+    sparse = Sparse(lib, codes, "mma8", scale)
+    x = torch.randn(tokens, sparse.k, device="cuda", dtype=torch.float16)
+    y = torch.full((tokens, sparse.n), float("nan"), device="cuda", dtype=torch.float16)
+    sparse(x, y, sparse.workspace(tokens))
+    step = x.float().abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+    rounded = (x.float() * (1 / step)).round().clamp(-128, 127).double()
+    exact = rounded @ codes.double() * scale.double() * step.double()
+    bound = exact.abs() * (2**-11 + 8 * 2**-24) + 2**-24
+    share = ((y.double() - exact).abs() / bound).max().item()
+    assert share <= 1, (sparse.k, sparse.n, tokens, share)
+    return share
+
+
 def read_bandwidth() -> float:
     """GB/s of reading memory: cuBLAS with one token and a large weight."""
     x = torch.randn(1, 16384, device="cuda", dtype=torch.float16)
@@ -236,6 +270,7 @@ def bench(lib: ctypes.CDLL, results: dict[str, Any], save: Any, deadline: float)
     print(f"reading: {bandwidth:.0f} GB/s", flush=True)
     jobs = [(shape, zeros, "mma16", TOKENS) for shape in SHAPES for zeros in ZEROS]
     jobs += [(shape, 0.5, "sp16", TOKENS + MANY) for shape in SHAPES]
+    jobs += [(shape, zeros, "mma8", TOKENS) for shape in SHAPES for zeros in (0.5, 0.7)]
     jobs.sort(key=lambda job: job[0] != SHAPES[0])  # all kinds of the first shape first
     for (k, n), zeros, layout, counts in jobs:
         if time.monotonic() > deadline:
@@ -245,7 +280,8 @@ def bench(lib: ctypes.CDLL, results: dict[str, Any], save: Any, deadline: float)
         if layout == "sp16":
             weight = keep_two_of_four(random_weight(k, n, 1.0, torch.float16))
         number = max(2, round(CACHE / (2 * k * n)))
-        first = Sparse(lib, weight, layout)
+        codes, scale = int8_of(weight) if layout == "mma8" else (weight, None)
+        first = Sparse(lib, codes, layout, scale)
         sparse = [first, *(first.copy() for _ in range(number - 1))]
         dense = [weight, *(weight.clone() for _ in range(number - 1))]
         line = f"{layout} {k}x{n} {zeros:.0%} zeros:"

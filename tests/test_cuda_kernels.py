@@ -21,12 +21,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from native_library import guarded
 
-from optimizer.custom_ops.cuda_layout import ALIGNMENT, MMA16, SP16, pack_mma16, pack_sp16
+from optimizer.custom_ops.cuda_layout import (
+    ALIGNMENT,
+    MMA8,
+    MMA16,
+    SP16,
+    pack_mma8,
+    pack_mma16,
+    pack_sp16,
+)
 from optimizer.custom_ops.packing import Packed, to_tiles
 
 SOURCES = Path(__file__).resolve().parent.parent / "plugins" / "sparse_matmul" / "cuda"
-FORMS = {"mma16": 16, "sp16": 18}
-PACK = {"mma16": pack_mma16, "sp16": pack_sp16}
+FORMS = {"mma16": 16, "mma8": 17, "sp16": 18}
+FLOATS = ("mma16", "sp16")
+PACK = {"mma16": pack_mma16, "mma8": pack_mma8, "sp16": pack_sp16}
 TYPES = {"float16": (0, np.dtype(np.float16)), "bfloat16": (1, np.dtype(ml_dtypes.bfloat16))}
 ACTIVATIONS = (
     lambda v: v,
@@ -62,7 +71,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     )
     lib.optimize_cuda_run.restype = ctypes.c_char_p
     lib.optimize_cuda_run.argtypes = [
-        i64, i64, i32, i32, i32, *[pointer] * 5, i64, pointer, pointer, pointer,
+        i64, i64, i32, i32, i32, *[pointer] * 7, i64, pointer, pointer, pointer,
     ]  # fmt: skip
     return lib
 
@@ -76,21 +85,21 @@ def before_a_guard(array: np.ndarray) -> np.ndarray:
 
 def run(
     library: ctypes.CDLL, layout: str, weight: np.ndarray, x: np.ndarray, bias: np.ndarray | None,
-    activation: int,
+    activation: int, scale: np.ndarray | None = None, x_scale: np.ndarray | None = None,
 ) -> np.ndarray:  # fmt: skip
     """The kernel's y, with nothing read or written outside of its arrays."""
     (k, n), tokens = weight.shape, len(x)
     packed: Packed = PACK[layout](weight)
-    type_number = next(number for number, dtype in TYPES.values() if dtype == weight.dtype)
-    given_arrays = [packed.bitmap, packed.values, packed.offsets, bias, x]
+    type_number = next(number for number, dtype in TYPES.values() if dtype == x.dtype)
+    given_arrays = [packed.bitmap, packed.values, packed.offsets, bias, scale, x_scale, x]
     arrays = [None if a is None else before_a_guard(a) for a in given_arrays]
     size = library.optimize_cuda_workspace(k, n, FORMS[layout], tokens)
     workspace = before_a_guard(np.full(size, 0xFF, np.uint8))
-    y = before_a_guard(np.full(tokens * n, 0xFFFF, np.uint16)).view(weight.dtype)
-    bitmap, values, offsets, bias_at, x_at = (None if a is None else a.ctypes.data for a in arrays)
+    y = before_a_guard(np.full(tokens * n, 0xFFFF, np.uint16)).view(x.dtype)
+    addresses = [None if a is None else a.ctypes.data for a in arrays]
     error = library.optimize_cuda_run(
-        k, n, FORMS[layout], type_number, activation, bitmap, values, offsets, bias_at, x_at,
-        tokens, y.ctypes.data, workspace.ctypes.data, None,
+        k, n, FORMS[layout], type_number, activation, *addresses, tokens,
+        y.ctypes.data, workspace.ctypes.data, None,
     )  # fmt: skip
     assert error is None
     return y.reshape(tokens, n)
@@ -111,7 +120,7 @@ def random_weight(
     return weight.astype(dtype)
 
 
-@pytest.mark.parametrize("layout", FORMS)
+@pytest.mark.parametrize("layout", FLOATS)
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("shape", [(64, 64), (1, 1), (70, 130), (257, 63), (600, 72)])
 def test_kernels_compute_the_product(library, layout, dtype, shape):
@@ -142,7 +151,33 @@ def test_kernels_compute_the_product(library, layout, dtype, shape):
         assert np.all(np.abs(y - wanted) <= bound), (layout, density, tokens)
 
 
-@pytest.mark.parametrize("layout", FORMS)
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", [(64, 64), (1, 1), (70, 130), (257, 63), (600, 72)])
+def test_int8_kernel_is_exact_but_for_the_type_of_y(library, dtype, shape, static):
+    """Sums are integers: only the last float32 operations and the rounding to y's type are not."""
+    rng = np.random.default_rng(shape[0])
+    kind = TYPES[dtype][1]
+    eps = float(ml_dtypes.finfo(kind).eps)
+    scale = (rng.random(shape[1]) / 100 + 0.001).astype(np.float32)
+    bias = rng.standard_normal(shape[1]).astype(kind)
+    x_scale = np.array([0.02], np.float32) if static else None
+    for density, tokens in ((0.0, 3), (0.3, 1), (0.4, 8), (0.5, 9), (1.0, 17), (0.2, 33)):
+        weight = rng.integers(-128, 128, shape).astype(np.int8)
+        weight[rng.random(shape) >= density] = 0
+        x = rng.standard_normal((tokens, shape[0])).astype(kind)
+        y = run(library, "mma8", weight, x, bias, 0, scale, x_scale).astype(np.float64)
+        wide = x.astype(np.float32)
+        top = np.maximum(np.abs(wide).max(axis=1, keepdims=True), np.float32(1e-12))
+        step = x_scale if static else top / np.float32(127)
+        codes = np.clip(np.rint(wide * (np.float32(1) / step)), -128, 127).astype(np.int64)
+        exact = (codes @ weight.astype(np.int64)) * np.float64(scale) * step.astype(np.float64)
+        wanted = exact + bias.astype(np.float64)
+        bound = eps / 2 * np.abs(wanted) + 8 * 2.0**-24 * (np.abs(exact) + np.abs(wanted)) + 1e-7
+        assert np.all(np.abs(y - wanted) <= bound), (density, tokens)
+
+
+@pytest.mark.parametrize("layout", FLOATS)
 def test_results_do_not_change_from_run_to_run(library, layout):
     rng = np.random.default_rng(5)
     weight = random_weight(rng, layout, (600, 70), 0.5, np.dtype(np.float16))
@@ -159,9 +194,11 @@ def test_results_do_not_change_from_run_to_run(library, layout):
 def test_packing_keeps_the_weight(shape, density, layout):
     rng = np.random.default_rng(1)
     weight = random_weight(rng, layout, shape, density, np.dtype(np.float16))
+    if layout == "mma8":
+        weight = np.rint(weight * 100).astype(np.int8)
     packed = PACK[layout](weight)
-    assert not np.any(packed.offsets % ALIGNMENT)
-    tiles = to_tiles(weight, MMA16 if layout == "mma16" else SP16)
+    assert not np.any(packed.offsets.astype(np.int64) * packed.values.itemsize % ALIGNMENT)
+    tiles = to_tiles(weight, {"mma16": MMA16, "mma8": MMA8, "sp16": SP16}[layout])
     stored = np.unpackbits(packed.bitmap.view(np.uint8), axis=1, bitorder="little").astype(bool)
     for tile, bits, begin in zip(tiles, stored, packed.offsets[:-1], strict=True):
         np.testing.assert_array_equal(packed.values[begin : begin + bits.sum()], tile[bits])
@@ -194,7 +231,7 @@ def test_lanes_meet_in_few_banks(zeros):
     assert np.mean(found) < 1.6
 
 
-@pytest.mark.parametrize("layout", FORMS)
+@pytest.mark.parametrize("layout", FLOATS)
 def test_gpu_benchmark_packs_the_same(layout):
     """The script needs nothing of the package, so it has a packing of its own."""
     weight = random_weight(np.random.default_rng(3), layout, (150, 70), 0.4, np.dtype(np.float16))

@@ -7,14 +7,20 @@ import numpy as np
 from optimizer.custom_ops.declaration import LAYOUTS
 from optimizer.custom_ops.packing import Packed, to_tiles
 
-MMA16, SP16 = LAYOUTS["mma16"], LAYOUTS["sp16"]
-#: Values of a tile begin at multiples of this many: 16 bytes.
-ALIGNMENT = 8
+MMA16, MMA8, SP16 = LAYOUTS["mma16"], LAYOUTS["mma8"], LAYOUTS["sp16"]
+#: Values of a tile begin at multiples of this many bytes.
+ALIGNMENT = 16
 
 
 def pack_mma16(weight: np.ndarray) -> Packed:
     """The stored form of ``weight`` [K, N], of 16-bit numbers; gaps between tiles are zeros."""
     tiles = to_tiles(weight, MMA16)
+    return _pack(tiles, tiles != 0)
+
+
+def pack_mma8(weight: np.ndarray) -> Packed:
+    """The stored form of ``weight`` [K, N], int8; gaps between tiles are zeros."""
+    tiles = to_tiles(weight, MMA8)
     return _pack(tiles, tiles != 0)
 
 
@@ -45,9 +51,10 @@ def pack_sp16(weight: np.ndarray) -> Packed:
 
 def _pack(tiles: np.ndarray, stored: np.ndarray) -> Packed:
     counts = stored.sum(axis=1)
-    padded = -(-counts // ALIGNMENT) * ALIGNMENT
+    unit = ALIGNMENT // tiles.itemsize
+    padded = -(-counts // unit) * unit
     offsets = np.concatenate([[0], np.cumsum(padded)]).astype(np.int32)
-    values = np.zeros(max(int(offsets[-1]), ALIGNMENT), tiles.dtype)
+    values = np.zeros(max(int(offsets[-1]), unit), tiles.dtype)
     places = offsets[:-1, None] + np.cumsum(stored, axis=1) - 1
     values[places[stored]] = tiles[stored]
     bitmap = np.packbits(stored, axis=1, bitorder="little").view(np.int8)

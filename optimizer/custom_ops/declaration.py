@@ -67,6 +67,9 @@ LAYOUTS: dict[str, Layout] = {
         # (g, t) of a warp takes groups e of four weights; those of all lanes for one (nb, kb, h)
         # lie side by side
         Layout("mma16", (4, 4, 2, 8, 4, 4), (4, 1, 5, 0, 2, 3), device="cuda"),
+        # the same with int8 values: (nb, kb, u, v, g, t, e), k = 32 kb + 16 u + 4 t + e,
+        # n = 16 nb + 8 v + g
+        Layout("mma8", (4, 2, 2, 2, 8, 4, 4), (1, 2, 5, 6, 0, 3, 4), int8=True, device="cuda"),
         # 2:4 along K: (kb, nb, u, v, g, t, e), k = 32 kb + 16 u + 4 t + e, n = 16 nb + 8 v + g; two
         # of each group e are stored
         Layout("sp16", (2, 4, 2, 2, 8, 4, 4), (0, 2, 5, 6, 1, 3, 4), device="cuda"),

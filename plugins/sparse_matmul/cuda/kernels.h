@@ -13,10 +13,11 @@
 namespace optimize::sparse_matmul::cuda {
 
 // mma16   unstructured, 16-bit values (decode.cu)
+// mma8    unstructured, int8 values (decode.cu)
 // sp16    2:4 along K, 16-bit values (sparse24.cu)
-enum class Layout : int32_t { mma16 = 16, sp16 = 18 };
+enum class Layout : int32_t { mma16 = 16, mma8 = 17, sp16 = 18 };
 
-enum class Type : int32_t { f16 = 0, bf16 = 1 };  // of x, y, bias and values
+enum class Type : int32_t { f16 = 0, bf16 = 1 };  // of x, y and bias, and of values but for mma8
 
 // All pointers are device memory. `activation` as in ../sparse_matmul.h.
 struct Weight {
@@ -28,9 +29,11 @@ struct Weight {
   const void* values;       // 16-byte aligned; tiles start at multiples of 16 bytes
   const int32_t* offsets;   // [T + 1], in values
   const void* bias;         // [N] of `type`, or null
+  const float* scale = nullptr;    // [N], mma8: W = values * scale[n]
+  const float* x_scale = nullptr;  // [1], mma8: x is quantized with this scale; null = one per token
 };
 
-// Bytes of device scratch that run() needs for M tokens (sums of shares of K), 256-byte aligned.
+// Bytes of device scratch that run() needs for M tokens (sums of shares of K, codes of x), 256-byte aligned.
 size_t workspace_bytes(const Weight& weight, int64_t M);
 
 // Enqueues y [M, N] = activation(x [M, K] W + bias) on `stream`; x and y row-major, dense, 16-byte aligned. Any

@@ -5,6 +5,8 @@
 //   A 16 x 16   register 2 u + v holds rows g + 8 v, columns 8 u + 2 t and the next one (of the stored ones, if sparse)
 //   B 16 x 8    register u holds rows 8 u + 2 t and the next one, column g
 //   D 16 x 8    element 2 v + e is at row g + 8 v, column 2 t + e
+//   int8 A 16 x 32, B 32 x 8   register 2 u + v of A holds row g + 8 v, columns 16 u + 4 t and the next three; register u of
+//               B rows 16 u + 4 t and the next three, column g ("mma.m16n8k32")
 //   metadata    lanes with t < 2: bits 16 v + 4 q + 2 e are the place, within its group of four, of stored element e of
 //               group 4 t + q of row g + 8 v (selector 0)
 #pragma once
@@ -57,6 +59,13 @@ __device__ __forceinline__ void wait_copies() {
 OPTIMIZE_MMA(__half, "f16")
 OPTIMIZE_MMA(__nv_bfloat16, "bf16")
 #undef OPTIMIZE_MMA
+
+// D += A B of int8, 16 x 32 by 32 x 8.
+__device__ __forceinline__ void multiply_int8(int32_t* d, const uint32_t* a, const uint32_t* b) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+               : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
 
 #else
 
@@ -116,6 +125,21 @@ void multiply_sparse(T, float* d, const uint32_t* a, const uint32_t* b, uint32_t
     if (index(row, c / 2 * 2) >= index(row, c / 2 * 2 + 1)) emulation::fail("metadata is not in order");
     return c / 2 * 4 + index(row, c);
   });
+}
+
+inline void multiply_int8(int32_t* d, const uint32_t* a, const uint32_t* b) {
+  const auto lanes = emulation::exchange(Registers{{a[0], a[1], a[2], a[3]}, {b[0], b[1], 0, 0}, 0});
+  const int lane = emulation::lane(), g = lane / 4, t = lane % 4;
+  const auto byte = [](uint32_t word, int i) { return static_cast<int8_t>(word >> (8 * i) & 0xff); };
+  for (int i = 0; i < 4; ++i) {
+    const int row = g + i / 2 * 8, column = 2 * t + i % 2;
+    for (int k = 0; k < 32; ++k) {
+      const size_t owner = static_cast<size_t>(k % 16 / 4);
+      const uint32_t left = lanes[static_cast<size_t>(row % 8) * 4 + owner].a[k / 16 * 2 + row / 8];
+      const uint32_t right = lanes[static_cast<size_t>(column) * 4 + owner].b[k / 16];
+      d[i] += byte(left, k % 4) * byte(right, k % 4);
+    }
+  }
 }
 
 #endif

@@ -149,10 +149,11 @@ __global__ void __launch_bounds__(kWarps * 32) structured_many(Weight w, const u
 constexpr int kBlocksPerProcessor = 4;
 
 template <typename T>
-cudaError_t few_as(const Weight& w, const void* x, int64_t M, void* y, float* parts, cudaStream_t stream) {
-  const int splits = decode_sp16_splits(w, M);
-  return M <= 8 ? launch_strips<T>(structured<T, 1>, kWarps * 8 * kTile * 4, splits, w, x, M, y, parts, stream)
-                : launch_strips<T>(structured<T, 2>, kWarps * 16 * kTile * 4, splits, w, x, M, y, parts, stream);
+cudaError_t few_as(const Weight& w, const void* x, int64_t M, void* y, void* parts, cudaStream_t stream) {
+  const int splits = decode_sp16_splits(w, M), tokens = M <= 8 ? 8 : 16;
+  const auto kernel = M <= 8 ? structured<T, 1> : structured<T, 2>;
+  return launch_strips<T>(kernel, kWarps * tokens * kTile * 4, splits, w, static_cast<const uint16_t*>(x), M, y,
+                          static_cast<float*>(parts), nullptr, stream);
 }
 
 template <typename T>
@@ -173,7 +174,7 @@ cudaError_t many_as(const Weight& w, const void* x, int64_t M, void* y, cudaStre
 
 int decode_sp16_splits(const Weight& w, int64_t M) { return splits_of(w, M, kBlocksPerProcessor); }
 
-cudaError_t decode_sp16(const Weight& w, const void* x, int64_t M, void* y, float* parts, cudaStream_t stream) {
+cudaError_t decode_sp16(const Weight& w, const void* x, int64_t M, void* y, void* parts, cudaStream_t stream) {
   return w.type == Type::f16 ? few_as<__half>(w, x, M, y, parts, stream)
                              : few_as<__nv_bfloat16>(w, x, M, y, parts, stream);
 }

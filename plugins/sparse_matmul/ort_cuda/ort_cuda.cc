@@ -1,4 +1,4 @@
-// SparseMatMul in ONNX Runtime on CUDA: float16, layouts mma16 and sp16. Knows no mathematics.
+// SparseMatMul in ONNX Runtime on CUDA: float16 x and y, layouts mma16, mma8 and sp16. Knows no mathematics.
 //
 // A library of its own, so that machines without CUDA need not load it. All inputs are on the device; what can be checked
 // there without copying them back is their types and shapes.
@@ -17,13 +17,13 @@ namespace {
 using ort::Tensor;
 namespace cuda = optimize::sparse_matmul::cuda;
 
-constexpr size_t kInputs = 5;  // x bitmap values offsets bias
+constexpr size_t kInputs = 7;  // x bitmap values offsets bias scale x_scale
 constexpr int64_t kTile = 64;
 
 struct Instance {
   const OrtApi* api;
   cuda::Weight weight{};
-  bool bias = false;
+  int64_t inputs = 0;
 };
 
 template <size_t kCount>
@@ -46,13 +46,16 @@ std::unique_ptr<Instance> make(const OrtApi* api, const OrtKernelInfo* info) {
   w.K = ort::int_attribute(api, info, "K");
   w.N = ort::int_attribute(api, info, "N");
   if (w.K <= 0 || w.N <= 0) throw ort::Error{nullptr, "K and N must be positive"};
-  constexpr const char* kLayouts[] = {"mma16", "sp16"};
-  constexpr cuda::Layout kNumbers[] = {cuda::Layout::mma16, cuda::Layout::sp16};
+  constexpr const char* kLayouts[] = {"mma16", "mma8", "sp16"};
+  constexpr cuda::Layout kNumbers[] = {cuda::Layout::mma16, cuda::Layout::mma8, cuda::Layout::sp16};
   w.layout = kNumbers[index_of(ort::string_attribute(api, info, "layout"), kLayouts, "layout")];
   constexpr const char* kActivations[] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
   w.activation = index_of(ort::string_attribute(api, info, "activation"), kActivations, "activation");
   w.type = cuda::Type::f16;
-  instance->bias = ort::int_attribute(api, info, "num_inputs") > 4;
+  instance->inputs = ort::int_attribute(api, info, "num_inputs");
+  if (w.layout == cuda::Layout::mma8 && instance->inputs < 6)
+    throw ort::Error{nullptr, "int8 values need a bias and a scale per column: expected 6 or 7 inputs, got " +
+                                  std::to_string(instance->inputs)};
   return instance;
 }
 
@@ -82,9 +85,13 @@ void compute(const Instance& instance, OrtKernelContext* context) {
     throw ort::Error{nullptr, "the last dimension of x is " + std::to_string(x.shape.empty() ? 0 : x.shape.back()) +
                                   ", expected K = " + std::to_string(w.K)};
   w.bitmap = static_cast<const uint8_t*>(input(api, context, 1, "bitmap", ort::kInt8, tiles * 512).data);
-  w.values = input(api, context, 2, "values", ort::kFloat16, -1).data;
+  const bool int8 = w.layout == cuda::Layout::mma8;
+  w.values = input(api, context, 2, "values", int8 ? ort::kInt8 : ort::kFloat16, -1).data;
   w.offsets = static_cast<const int32_t*>(input(api, context, 3, "offsets", ort::kInt32, tiles + 1).data);
-  if (instance.bias) w.bias = input(api, context, 4, "bias", ort::kFloat16, w.N).data;
+  if (instance.inputs > 4) w.bias = input(api, context, 4, "bias", ort::kFloat16, w.N).data;
+  if (int8) w.scale = static_cast<const float*>(input(api, context, 5, "scale", ort::kFloat, w.N).data);
+  if (int8 && instance.inputs > 6)
+    w.x_scale = static_cast<const float*>(input(api, context, 6, "x_scale", ort::kFloat, 1).data);
   std::vector<int64_t> shape = x.shape;
   shape.back() = w.N;
   OrtValue* output = nullptr;
@@ -121,7 +128,8 @@ OrtCustomOp declare() {
   op.GetName = [](const OrtCustomOp*) { return "SparseMatMul"; };
   op.GetExecutionProviderType = [](const OrtCustomOp*) { return "CUDAExecutionProvider"; };
   op.GetInputType = [](const OrtCustomOp*, size_t index) -> int {
-    constexpr int kTypes[kInputs] = {ort::kFloat16, ort::kInt8, ort::kFloat16, ort::kInt32, ort::kFloat16};
+    constexpr int kTypes[kInputs] = {ort::kFloat16, ort::kInt8,  ort::kUndefined, ort::kInt32,
+                                     ort::kFloat16, ort::kFloat, ort::kFloat};
     return kTypes[index];
   };
   op.GetInputTypeCount = [](const OrtCustomOp*) { return kInputs; };

@@ -200,6 +200,7 @@ int main(int argc, char** argv) {
   refused({200, 130, 5, declaration, "n64k1", "none", {}, {}}, "layout 'n64k1' has no CUDA kernel");
   refused({200, 130, 5, declaration, "mma16", "softmax", {}, {}}, "there is no activation 'softmax'");
   refused({200, 130, 9, declaration, "mma16", "none", {}, {}}, "expected 4 or 5 inputs");
+  refused({200, 130, 5, declaration, "mma8", "none", {}, {}}, "expected 6 or 7 inputs");
 
   auto* const build = static_cast<IPluginV3OneBuild*>(plugin->getCapabilityInterface(PluginCapabilityType::kBUILD));
   auto* const runtime = static_cast<IPluginV3OneRuntime*>(plugin->getCapabilityInterface(PluginCapabilityType::kRUNTIME));

@@ -21,7 +21,7 @@ struct NamedLayout {
   const char* name;
   cuda::Layout layout;
 };
-constexpr NamedLayout kLayouts[] = {{"mma16", cuda::Layout::mma16}, {"sp16", cuda::Layout::sp16}};
+constexpr NamedLayout kLayouts[] = {{"mma16", cuda::Layout::mma16}, {"mma8", cuda::Layout::mma8}, {"sp16", cuda::Layout::sp16}};
 
 const NamedLayout* find_layout(const std::string& name) {
   const auto* found =
@@ -58,6 +58,8 @@ bool is(const Dims& dims, std::initializer_list<int64_t> wanted) {
 
 cuda::Layout Attributes::cuda_layout() const { return find_layout(layout)->layout; }
 
+bool Attributes::int8() const { return layout == "mma8"; }
+
 int32_t Attributes::activation_kind() const {
   const auto* found = std::find(std::begin(kActivations), std::end(kActivations), activation);
   return static_cast<int32_t>(found - std::begin(kActivations));
@@ -70,10 +72,12 @@ std::string check(const Attributes& a) {
            number(OPTIMIZE_SPARSE_MATMUL_DECLARATION) + "; rebuild the plugin library from the version that made the model";
   if (a.K <= 0 || a.N <= 0) return "K and N must be positive, got " + number(a.K) + " and " + number(a.N);
   if (find_layout(a.layout) == nullptr)
-    return "layout '" + a.layout + "' has no CUDA kernel; those are mma16 and sp16";
+    return "layout '" + a.layout + "' has no CUDA kernel; those are mma16, mma8 and sp16";
   if (a.activation_kind() == static_cast<int32_t>(std::size(kActivations)))
     return "there is no activation '" + a.activation + "'";
-  if (a.num_inputs != 4 && a.num_inputs != 5) return "expected 4 or 5 inputs, got " + number(a.num_inputs);
+  const int64_t most = a.int8() ? 7 : 5;  // int8: bias, scale and perhaps x_scale
+  if (a.num_inputs > most || a.num_inputs < (a.int8() ? 6 : 4))
+    return "expected " + number(most - 1) + " or " + number(most) + " inputs, got " + number(a.num_inputs);
   return {};
 }
 
@@ -121,7 +125,9 @@ std::string Plugin::check_shapes(nvinfer1::PluginTensorDesc const* in, int32_t i
   if (!is(in[1].dims, {tiles, 512})) return wrong(1, "[" + size(tiles) + ", 512]");
   if (!is(in[2].dims, {-1})) return wrong(2, "one dimension");
   if (!is(in[3].dims, {tiles + 1})) return wrong(3, "[" + size(tiles + 1) + "]");
-  if (inputs == 5 && !is(in[4].dims, {attributes_.N})) return wrong(4, "[" + size(attributes_.N) + "]");
+  for (int32_t i = 4; i < inputs && i < 6; ++i)
+    if (!is(in[i].dims, {attributes_.N})) return wrong(i, "[" + size(attributes_.N) + "]");
+  if (inputs == 7 && !is(in[6].dims, {1})) return wrong(6, "[1]");
   return {};
 }
 
@@ -163,7 +169,9 @@ bool Plugin::supportsFormatCombination(int32_t position, nvinfer1::DynamicPlugin
   if (position == 0) return d.type == DataType::kHALF || d.type == DataType::kBF16;
   if (position == 1) return d.type == DataType::kINT8;
   if (position == 3) return d.type == DataType::kINT32;
-  return d.type == all[0].desc.type;  // values, bias, y
+  if (position == 2 && attributes_.int8()) return d.type == DataType::kINT8;
+  if (position < inputs && position >= 5) return d.type == DataType::kFLOAT;  // scales
+  return d.type == all[0].desc.type;                                          // values, bias, y
 }
 
 size_t Plugin::getWorkspaceSize(nvinfer1::DynamicPluginTensorDesc const* in, int32_t inputs,
@@ -190,7 +198,10 @@ int32_t Plugin::enqueue(nvinfer1::PluginTensorDesc const* in, nvinfer1::PluginTe
   w.bitmap = static_cast<const uint8_t*>(inputs[1]);
   w.values = inputs[2];
   w.offsets = static_cast<const int32_t*>(inputs[3]);
-  w.bias = attributes_.num_inputs == 5 ? inputs[4] : nullptr;
+  const auto given = [&](int64_t i) { return attributes_.num_inputs > i ? inputs[i] : nullptr; };
+  w.bias = given(4);
+  w.scale = static_cast<const float*>(given(5));
+  w.x_scale = static_cast<const float*>(given(6));
   const cudaError_t error = cuda::run(w, inputs[0], tokens_of(in[0].dims), outputs[0], workspace, stream);
   if (error == cudaSuccess) return 0;
   log_error(std::string("SparseMatMul: ") + cudaGetErrorString(error));

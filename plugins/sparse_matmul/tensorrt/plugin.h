@@ -1,8 +1,8 @@
 // SparseMatMul as a TensorRT plugin (IPluginV3): y = activation(x W + bias), W stored sparse.
 //
 // Inputs and attributes are those of the operator (optimizer/custom_ops/declaration.py): x, bitmap int8 [T, 512], values,
-// offsets int32 [T + 1], and perhaps bias. The stored weight comes as inputs, so that a plan holds it once. x, values,
-// bias and y have one 16-bit type.
+// offsets int32 [T + 1], perhaps bias, and for int8 values float scale [N] and perhaps x_scale [1]. The stored weight comes
+// as inputs, so that a plan holds it once. x, bias and y have one 16-bit type, and values that are not int8 too.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -26,6 +26,7 @@ struct Attributes {
   int64_t num_inputs = 0, declaration = 0;
 
   cuda::Layout cuda_layout() const;  // of a checked one
+  bool int8() const;
   int32_t activation_kind() const;
 };
 
