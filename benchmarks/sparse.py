@@ -24,6 +24,7 @@ with AMX.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -48,8 +49,7 @@ FIGURES = HOME.parent / "optimizer" / "sparse_figures.json"
 SHAPES = ((256, 256), (384, 1536), (768, 768), (768, 3072), (2048, 2048), (4096, 4096))
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 512)
 ZEROS = (50, 60, 70, 80, 90, 95)
-#: Float32 bytes of one chain of layers: more than a second-level cache holds.
-CHAIN = 48e6
+CHAIN = 48e6  # float32 bytes of one chain of layers: more than a second-level cache holds
 DENSE = ("fp32", "int8", "qdq", "int4")
 SPARSE = ("sparse fp32", "sparse int8")
 
@@ -160,8 +160,8 @@ def session(kind: str, layers: Sequence[np.ndarray]) -> ort.InferenceSession:
     for i, weight in enumerate(layers):
         chain.add(weight, i)
     ends = [("y0", layers[0].shape[0]), (f"y{len(layers)}", layers[-1].shape[1])]
-    infos = [helper.make_tensor_value_info(v, TensorProto.FLOAT, ["m", size]) for v, size in ends]
-    graph = helper.make_graph(chain.nodes, "chain", infos[:1], infos[1:], chain.constants)
+    x, y = (helper.make_tensor_value_info(v, TensorProto.FLOAT, ["m", size]) for v, size in ends)
+    graph = helper.make_graph(chain.nodes, "chain", [x], [y], chain.constants)
     imports = [
         helper.make_opsetid(domain, version)
         for domain, version in (("", 21), (DOMAIN, 1), ("com.microsoft", 1))
@@ -250,7 +250,7 @@ def gemv_rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One token, weights from memory: every layer is a session of its own."""
     shape = (4096, 4096)
     count = max(2, round(arguments.gemv_bytes / (4 * shape[0] * shape[1])))
-    for zeros in arguments.zeros:
+    for zeros in arguments.zeros if arguments.gemv_bytes else ():
         layers = weights(shape, 1 - zeros / 100, 1)
         sessions = {
             kind: [session(kind, layers) for _ in range(count)] for kind in (*DENSE, *SPARSE)
@@ -280,9 +280,8 @@ def add_rooflines(results: list[dict[str, Any]], read: float) -> None:
 
 def show(row: dict[str, Any]) -> str:
     """One line of the table."""
-    k, n = row["shape"]
     where = " from memory" if row.get("from memory") else ""
-    parts = [f"{k}x{n}  M={row['tokens']:<4} {row['zeros']}% zeros{where}"]
+    parts = ["{}x{}".format(*row["shape"]), f"M={row['tokens']:<4} {row['zeros']}% zeros{where}"]
     for kind in SPARSE:
         figures = " ".join(
             f"{base} {found[0]:.2f}" for base, found in row[kind].items() if base in DENSE
@@ -379,10 +378,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = arguments_of(argv)
     read = bandwidth()
     results = []
-    for part in (rows, *((gemv_rows,) if arguments.gemv_bytes else ())):
-        for row in part(arguments):
-            print(show(row), flush=True)
-            results.append(row)
+    for row in itertools.chain(rows(arguments), gemv_rows(arguments)):
+        print(show(row), flush=True)
+        results.append(row)
     add_rooflines(results, read)
     lines = summary(results)
     print("\n".join(lines))
@@ -391,9 +389,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "date": time.strftime("%Y-%m-%d"), "read_GBps": round(read / 1e9, 1), "summary": lines,
         "rows": results,
     }  # fmt: skip
-    temporary = arguments.out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(facts, indent=1, default=str) + "\n", "utf-8")
-    temporary.replace(arguments.out)
+    arguments.out.write_text(json.dumps(facts, indent=1, default=str) + "\n", "utf-8")
     if arguments.plots:
         plots(results, arguments.out.parent / "plots", label())
     if arguments.calibrate:
