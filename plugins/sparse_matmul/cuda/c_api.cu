@@ -1,34 +1,43 @@
-// What benchmarks/gpu.py calls through ctypes. Pointers are device memory.
+// What benchmarks/gpu.py and tests/test_cuda_emulation.py call through ctypes. Pointers are device memory.
 #include "kernels.h"
 
 using namespace optimize::sparse_matmul::cuda;
 
 #define OPTIMIZE_EXPORT extern "C" __attribute__((visibility("default")))
 
+// As Weight, with plain members only (see optimizer/custom_ops/cuda_layout.py).
+struct OptimizeCudaWeight {
+  int64_t K, N;
+  int32_t layout, type, activation, most_values;
+  const void *bitmap, *values, *offsets, *bias, *scale, *x_scale;
+};
+
 namespace {
 
-Weight weight(int64_t K, int64_t N, int32_t layout, int32_t type, int32_t activation, const void* bitmap,
-              const void* values, const void* offsets, const void* bias) {
-  return Weight{K,      N,
-                static_cast<Layout>(layout), static_cast<Type>(type),
-                activation, static_cast<const uint8_t*>(bitmap),
-                values, static_cast<const int32_t*>(offsets),
-                bias,   nullptr,
-                nullptr};
+Weight weight(const OptimizeCudaWeight& w) {
+  return Weight{w.K,
+                w.N,
+                static_cast<Layout>(w.layout),
+                static_cast<Type>(w.type),
+                w.activation,
+                static_cast<const uint8_t*>(w.bitmap),
+                w.values,
+                static_cast<const int32_t*>(w.offsets),
+                w.bias,
+                static_cast<const float*>(w.scale),
+                static_cast<const float*>(w.x_scale),
+                w.most_values};
 }
 
 }  // namespace
 
-OPTIMIZE_EXPORT int64_t optimize_cuda_workspace(int64_t K, int64_t N, int64_t M) {
-  return static_cast<int64_t>(workspace_bytes(weight(K, N, 16, 0, 0, nullptr, nullptr, nullptr, nullptr), M));
+OPTIMIZE_EXPORT int64_t optimize_cuda_workspace(const OptimizeCudaWeight* w, int64_t M) {
+  return static_cast<int64_t>(workspace_bytes(weight(*w), M));
 }
 
 // Null, or what went wrong.
-OPTIMIZE_EXPORT const char* optimize_cuda_run(int64_t K, int64_t N, int32_t layout, int32_t type, int32_t activation,
-                                              const void* bitmap, const void* values, const void* offsets,
-                                              const void* bias, const void* x, int64_t M, void* y, void* workspace,
-                                              void* stream) {
-  const cudaError_t error = run(weight(K, N, layout, type, activation, bitmap, values, offsets, bias), x, M, y,
-                                workspace, static_cast<cudaStream_t>(stream));
+OPTIMIZE_EXPORT const char* optimize_cuda_run(const OptimizeCudaWeight* w, const void* x, int64_t M, void* y,
+                                              void* workspace, void* stream) {
+  const cudaError_t error = run(weight(*w), x, M, y, workspace, static_cast<cudaStream_t>(stream));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

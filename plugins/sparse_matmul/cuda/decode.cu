@@ -1,84 +1,100 @@
 // Unstructured sparse weights times few tokens: the weights are read as they are stored, and multiplied densely by
-// tensor cores. Y^T = W^T X^T: 16 columns of W are the rows of mma.m16n8k16, 8 tokens its columns.
+// tensor cores. Y^T = W^T X^T: 16 columns of W are the rows of mma.m16n8k16 (or m16n8k32 for int8), 8 tokens its columns.
 //
-// Layout mma16: position = lane * 128 + fragment * 8 + i of a 64 x 64 tile, fragment = (k / 16) * 4 + n / 16, so that
-// each lane owns 128 bits and one run of values. With g = lane / 4, c = lane % 4 and i = 4 u + 2 v + e, a lane's weight
-// i of a fragment is at k = 8 u + 2 c + e, n = 8 v + g: register 2 u + v of the A operand.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "kernels.h"
+// Layouts mma16 and mma8 have the same order of positions in a 64 x 64 tile: [nb 4][kb 4][h 2][g 8][t 4][e 4], that is
+// weight (k, n) with k = 16 t + 4 kb + e and n = 16 nb + 8 h + g. A group (nb, kb, h) is 128 bits, of which lane
+// 4 g + t has the nibble of its number, so that the values that a warp's lanes read at the same time lie side by side:
+// reads of shared memory meet few bank conflicts (tests/test_cuda_banks.py).
+//
+// The contraction index of an mma may be permuted, if A and B agree. Lane (g, t) holds of A the rows g and g + 8 and of
+// B the column g, in both for the k of its own: for mma.m16n8k16 the indices {2 t, 2 t + 1, 2 t + 8, 2 t + 9}, here
+// meaning k = 16 t + 4 kb + 0..3, for mma.m16n8k32 {4 t .. 4 t + 3, 4 t + 16 ..}, here meaning k = 16 t + 8 s + 0..7.
+// So a nibble is the half of a lane's row, and all that a lane needs of x are 16 neighbours of one token.
+#include "common.h"
 
 namespace optimize::sparse_matmul::cuda {
 namespace {
 
-constexpr int kTile = 64, kWarps = 4, kMostTokens = 16;
-constexpr int kTileValues = kTile * kTile;           // at most
-constexpr int kStageBytes = kTileValues * 2 + 16;    // one tile's values
-constexpr int kStages = 2;
+constexpr int kTableBytes = 128 * 8;  // for each of a tile's 128 bitmap words {word, where its values begin}
+constexpr int kMostWarps = 8;
 
-__device__ __forceinline__ void copy_async(void* to, const void* from) {
-  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from));
+__device__ __forceinline__ uint32_t at16(const unsigned char* memory, uint32_t byte) {
+  return *reinterpret_cast<const uint16_t*>(memory + byte);
 }
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"); }
-template <int kLeft>
-__device__ __forceinline__ void wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft));
+__device__ __forceinline__ uint32_t at32(const unsigned char* memory, uint32_t byte) {
+  return *reinterpret_cast<const uint32_t*>(memory + byte);
 }
 
-template <typename T>
-__device__ __forceinline__ void multiply(float* d, const uint32_t* a, const uint32_t* b);
-template <>
-__device__ __forceinline__ void multiply<__half>(float* d, const uint32_t* a, const uint32_t* b) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+// Four weights {e 0, 1}, {e 2, 3} of 16 bits, whose stored ones begin at byte `at` of `memory`. Bit e of the nibble is
+// spread to byte e. Weight e's value lies behind those of the bits below it (a dot product with 2, 2, .. counts their
+// bytes). A loaded value has zeros in its upper half: the selector takes these (bytes 2, 3 or 6, 7), less 0x22 where
+// the bit is set, which takes the value.
+__device__ __forceinline__ uint2 four(__half, const unsigned char* memory, uint32_t at, uint32_t nibble) {
+  const uint32_t spread = nibble * 0x00204081u & 0x01010101u;
+  const uint32_t v0 = at16(memory, at);
+  const uint32_t v1 = at16(memory, __dp4a(spread, 0x00000002u, at));
+  const uint32_t v2 = at16(memory, __dp4a(spread, 0x00000202u, at));
+  const uint32_t v3 = at16(memory, __dp4a(spread, 0x00020202u, at));
+  const uint32_t select = 0x76327632u - 0x22u * spread;
+  return uint2{permute(v0, v1, select), permute(v2, v3, select >> 16)};
 }
-template <>
-__device__ __forceinline__ void multiply<__nv_bfloat16>(float* d, const uint32_t* a, const uint32_t* b) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-// Two neighbours of x, zero outside of it.
-__device__ __forceinline__ uint32_t two_of(const uint16_t* x, int64_t row, int64_t k, int64_t rows, int64_t K) {
-  if (row >= rows || k >= K) return 0;
-  const uint16_t* at = x + row * K + k;
-  if (K % 2 == 0) return __ldg(reinterpret_cast<const uint32_t*>(at));
-  const uint32_t high = k + 1 < K ? at[1] : 0;
-  return at[0] | high << 16;
+__device__ __forceinline__ uint2 four(__nv_bfloat16, const unsigned char* memory, uint32_t at, uint32_t nibble) {
+  return four(__half(), memory, at, nibble);
 }
 
-__device__ __forceinline__ int count(uint4 bits) { return __popc(bits.x) + __popc(bits.y) + __popc(bits.z) + __popc(bits.w); }
+// Four weights of 8 bits, in one register: the four bytes from `at` on are cut out of two words. Bit e is spread to
+// nibble e of the selector, which is the number of bits below it, plus 4 (a byte of zero) where the bit is not set.
+__device__ __forceinline__ uint32_t four(int8_t, const unsigned char* memory, uint32_t at, uint32_t nibble) {
+  const uint32_t word = at & ~3u;
+  const uint32_t bytes = __funnelshift_r(at32(memory, word), at32(memory, word + 4), at << 3);
+  const uint32_t pairs = nibble * 0x41u & 0x303u;
+  const uint32_t spread = pairs * 9u & 0x1111u;
+  return permute(bytes, 0, 0x4444u + spread * (0x1110u - 4u));
+}
 
-__device__ __forceinline__ float activate(int kind, float v) {
-  switch (kind) {
-    case 1:
-      return fmaxf(v, 0.0f);
-    case 2:
-      return 0.5f * v * (1.0f + erff(v * 0.70710678f));
-    case 3:
-      return 0.5f * v * (1.0f + tanhf(0.79788456f * (v + 0.044715f * v * v * v)));
-    case 4:
-      return v / (1.0f + expf(-v));
-    default:
-      return v;
+// What lane (g, t) needs of a token for a tile: 16 numbers from k on, zero outside of x.
+__device__ __forceinline__ void read_x(uint32_t (&words)[8], const Call& call, int64_t token, int64_t k) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) words[i] = 0;
+  if (token >= call.M) return;
+  const uint16_t* at = static_cast<const uint16_t*>(call.x) + token * call.stride + k;
+  if (call.stride % 8 == 0) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (k + half * 8 >= call.stride) continue;
+      const uint4 v = __ldg(reinterpret_cast<const uint4*>(at) + half);
+      words[half * 4] = v.x, words[half * 4 + 1] = v.y, words[half * 4 + 2] = v.z, words[half * 4 + 3] = v.w;
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    if (k + i < call.stride) words[i / 2] |= static_cast<uint32_t>(__ldg(at + i)) << (i % 2 * 16);
   }
 }
+__device__ __forceinline__ void read_x(uint32_t (&words)[4], const Call& call, int64_t token, int64_t k) {
+  uint4 v{0, 0, 0, 0};
+  if (token < call.M) v = __ldg(reinterpret_cast<const uint4*>(static_cast<const int8_t*>(call.x) + token * call.stride + k));
+  words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+}
 
-// One block: one strip of 64 columns, one share of the tiles along K, up to 16 tokens. parts [splits][M][N].
+// One block: one strip of 64 columns, one share of the tiles along K (blockIdx.y), up to 16 tokens (blockIdx.z). Its
+// warps take turns at the tiles, each with `stages` places for the values of tiles on their way.
 template <typename T, int kTokenTiles>
-__global__ void __launch_bounds__(kWarps * 32) strip_products(Weight w, const uint16_t* x, int64_t M, float* parts) {
-  extern __shared__ __align__(16) unsigned char memory[];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
-  const int64_t tiles_k = (w.K + kTile - 1) / kTile, strip = blockIdx.x, first_token = blockIdx.z * int64_t{kMostTokens};
+__global__ void __launch_bounds__(kMostWarps * 32) strip_products(Weight w, Call call, int stages, int stage_bytes) {
+  OPTIMIZE_SHARED(memory);
+  using Sum = SumOf<T>;
+  constexpr int kBytes = std::is_same_v<T, int8_t> ? 1 : 2;  // of a value
+  constexpr int kSteps = 4 / (3 - kBytes);                   // mma instructions along the 64 k of a tile
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int64_t tiles_k = (w.K + kTile - 1) / kTile, strip = blockIdx.x;
+  const int64_t first_token = blockIdx.z * int64_t{kFewTokens};
   const int64_t begin = tiles_k * blockIdx.y / gridDim.y, end = tiles_k * (blockIdx.y + 1) / gridDim.y;
-  unsigned char* stages = memory + warp * kStages * kStageBytes;
-  const uint16_t* values = static_cast<const uint16_t*>(w.values);
+  const int own = warp * (kTableBytes + stages * stage_bytes), ring = own + kTableBytes;
+  const uint2* table = reinterpret_cast<const uint2*>(memory + own) + lane / 8;
+  const unsigned char* values = static_cast<const unsigned char*>(w.values);
 
-  // What says where a tile's values are is read two tiles ahead, and the values one tile ahead.
+  // What says where a tile's values are is read a tile before them, they `stages` - 1 tiles before their turn.
   struct Place {
     int from, to;
   };
@@ -91,137 +107,146 @@ __global__ void __launch_bounds__(kWarps * 32) strip_products(Weight w, const ui
     return kt < end ? __ldg(at) : uint4{0, 0, 0, 0};
   };
   const auto fetch = [&](Place place, int stage) {
-    const unsigned char* source = reinterpret_cast<const unsigned char*>(values + place.from);
-    const int bytes = (place.to - place.from) * 2;
-    for (int i = lane * 16; i < bytes; i += 512) copy_async(stages + stage * kStageBytes + i, source + i);
-    commit();
+    const unsigned char* source = values + int64_t{place.from} * kBytes;
+    unsigned char* target = memory + ring + stage * stage_bytes;
+    const int bytes = (place.to - place.from) * kBytes;
+    for (int i = lane * 16; i < bytes; i += 512) copy_async(target + i, source + i);
+    commit_copies();
   };
 
-  float sums[4][kTokenTiles][4] = {};
-  uint4 bits = bits_of(begin + warp);
-  Place next = place_of(begin + warp + kWarps);
-  fetch(place_of(begin + warp), 0);
+  Sum sums[4][kTokenTiles][4] = {};
+  const int64_t first = begin + warp;
+  const Place first_place = place_of(first), second_place = place_of(first + warps);
+  Place next = second_place;
+  uint4 bits = bits_of(first);
+  fetch(first_place, 0);
+  if (stages == 3) {
+    next = place_of(first + 2 * warps);
+    fetch(second_place, 1);
+  }
   int stage = 0;
-  for (int64_t kt = begin + warp; kt < end; kt += kWarps, stage ^= 1) {
-    fetch(next, stage ^ 1);
-    next = place_of(kt + 2 * kWarps);
-    const uint4 later = bits_of(kt + kWarps);
-    const int own = count(bits);
-    int start = own;  // inclusive sum over the lanes up to this one
-    for (int d = 1; d < 32; d *= 2) {
-      const int other = __shfl_up_sync(0xffffffffu, start, d);
-      if (lane >= d) start += other;
-    }
-    wait<1>();
-    __syncwarp();
-    const uint16_t* run = reinterpret_cast<const uint16_t*>(stages + stage * kStageBytes) + (start - own);
-    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+  for (int64_t kt = first; kt < end; kt += warps) {
+    uint32_t x[kTokenTiles][kSteps * 2];
 #pragma unroll
-    for (int fk = 0; fk < 4; ++fk) {
-      uint32_t b[kTokenTiles][2];
-      const int64_t k = kt * kTile + fk * 16 + 2 * c;
-#pragma unroll
-      for (int t = 0; t < kTokenTiles; ++t) {
-        b[t][0] = two_of(x, first_token + t * 8 + g, k, M, w.K);
-        b[t][1] = two_of(x, first_token + t * 8 + g, k + 8, M, w.K);
+    for (int i = 0; i < kTokenTiles; ++i) read_x(x[i], call, first_token + i * 8 + g, kt * kTile + t * 16);
+    fetch(next, stage == 0 ? stages - 1 : stage - 1);
+    next = place_of(kt + stages * warps);
+    const uint4 later = bits_of(kt + warps);
+    {
+      const int count0 = __popc(bits.x), count1 = count0 + __popc(bits.y), count2 = count1 + __popc(bits.z);
+      const int count = count2 + __popc(bits.w);
+      int start = count;  // inclusive sum over the lanes up to this one
+      for (int d = 1; d < 32; d *= 2) {
+        const int other = __shfl_up_sync(0xffffffffu, start, d);
+        if (lane >= d) start += other;
       }
+      const uint32_t at = ring + stage * stage_bytes + (start - count) * kBytes;
+      uint4* entries = reinterpret_cast<uint4*>(memory + own) + lane * 2;
+      entries[0] = uint4{bits.x, at, bits.y, at + count0 * kBytes};
+      entries[1] = uint4{bits.z, at + count1 * kBytes, bits.w, at + count2 * kBytes};
+    }
+    if (stages == 3) {
+      wait_copies<2>();
+    } else {
+      wait_copies<1>();
+    }
+    __syncwarp();
+    const int shift = lane % 8 * 4;
+    const auto weights = [&](int group) {
+      const uint2 entry = table[group * 4];
+      const uint32_t at = entry.y + __popc(entry.x & ((1u << shift) - 1)) * kBytes;
+      return four(T(), memory, at, entry.x >> shift & 15);
+    };
 #pragma unroll
-      for (int fn = 0; fn < 4; ++fn) {
-        const uint32_t byte = words[fk] >> (fn * 8);
+    for (int nb = 0; nb < 4; ++nb) {
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
         uint32_t a[4];
+        if constexpr (kBytes == 2) {
+          const uint2 upper = weights(nb * 8 + s * 2), lower = weights(nb * 8 + s * 2 + 1);
+          a[0] = upper.x, a[1] = lower.x, a[2] = upper.y, a[3] = lower.y;
+        } else {
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const uint32_t low = byte >> (2 * r) & 1, high = byte >> (2 * r + 1) & 1;
-          const uint32_t v0 = run[0], v1 = run[low];
-          a[r] = (low ? v0 : 0) | (high ? v1 << 16 : 0);
-          run += low + high;
+          for (int i = 0; i < 4; ++i) a[i] = weights(nb * 8 + s * 4 + i);
         }
 #pragma unroll
-        for (int t = 0; t < kTokenTiles; ++t) multiply<T>(sums[fn][t], a, b[t]);
+        for (int i = 0; i < kTokenTiles; ++i) {
+          const uint32_t b[2] = {x[i][2 * s], x[i][2 * s + 1]};
+          multiply(T(), sums[nb][i], a, b);
+        }
       }
     }
     __syncwarp();
     bits = later;
+    stage = stage + 1 == stages ? 0 : stage + 1;
   }
-  wait<0>();
+  wait_copies<0>();
   __syncthreads();
   // Sums of the block's warps, in the order of the warps.
-  float* shared = reinterpret_cast<float*>(memory);  // [kWarps][kTokenTiles * 8][64]
+  Sum* shared = reinterpret_cast<Sum*>(memory);  // [warps][kTokenTiles * 8][64]
 #pragma unroll
-  for (int fn = 0; fn < 4; ++fn)
+  for (int nb = 0; nb < 4; ++nb)
 #pragma unroll
-    for (int t = 0; t < kTokenTiles; ++t)
+    for (int i = 0; i < kTokenTiles; ++i)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int n = fn * 16 + g + i / 2 * 8, token = t * 8 + 2 * c + i % 2;
-        shared[(warp * kTokenTiles * 8 + token) * kTile + n] = sums[fn][t][i];
+      for (int r = 0; r < 4; ++r) {
+        const int n = nb * 16 + g + r / 2 * 8, token = i * 8 + 2 * t + r % 2;
+        shared[(warp * kTokenTiles * 8 + token) * kTile + n] = sums[nb][i][r];
       }
   __syncthreads();
-  for (int i = threadIdx.x; i < kTokenTiles * 8 * kTile; i += kWarps * 32) {
+  for (int i = threadIdx.x; i < kTokenTiles * 8 * kTile; i += blockDim.x) {
     const int64_t token = first_token + i / kTile, column = strip * kTile + i % kTile;
-    if (token >= M || column >= w.N) continue;
-    float sum = 0;
-    for (int v = 0; v < kWarps; ++v) sum += shared[v * kTokenTiles * 8 * kTile + i];
-    parts[(blockIdx.y * M + token) * w.N + column] = sum;
+    if (token >= call.M || column >= w.N) continue;
+    Sum sum = 0;
+    for (int v = 0; v < warps; ++v) sum += shared[v * kTokenTiles * 8 * kTile + i];
+    deliver(w, call, blockIdx.y, gridDim.y, token, column, sum);
   }
 }
 
 template <typename T>
-__global__ void finish(Weight w, const float* parts, int splits, int64_t M, T* y) {
-  const int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
-  if (i >= M * w.N) return;
-  float sum = 0;
-  for (int s = 0; s < splits; ++s) sum += parts[s * M * w.N + i];
-  if (w.bias) sum += static_cast<float>(static_cast<const T*>(w.bias)[i % w.N]);
-  y[i] = static_cast<T>(activate(w.activation, sum));
-}
-
-int splits_of(const Weight& w, int64_t M) {
-  int device = 0, processors = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  const int64_t strips = (w.N + kTile - 1) / kTile, chunks = (M + kMostTokens - 1) / kMostTokens;
-  const int64_t most = (w.K + kTile * kWarps - 1) / (kTile * kWarps);  // a tile for each warp
-  // As many blocks as run at once: a multiprocessor's shared memory holds the stages of three.
-  const int64_t splits = int64_t{3} * processors / (strips * chunks);
-  return static_cast<int>(splits < 1 ? 1 : splits > most ? most : splits);
-}
-
-template <typename T, int kTokenTiles>
-cudaError_t launch(const Weight& w, const void* x, int64_t M, void* y, float* parts, cudaStream_t stream) {
-  const int splits = splits_of(w, M);
-  constexpr int kBytes = kWarps * kStages * kStageBytes;
-  const auto kernel = strip_products<T, kTokenTiles>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error != cudaSuccess) return error;
-  const dim3 grid(static_cast<unsigned>((w.N + kTile - 1) / kTile), static_cast<unsigned>(splits),
-                  static_cast<unsigned>((M + kMostTokens - 1) / kMostTokens));
-  kernel<<<grid, kWarps * 32, kBytes, stream>>>(w, static_cast<const uint16_t*>(x), M, parts);
-  error = cudaGetLastError();
-  if (error != cudaSuccess) return error;
-  const int64_t blocks = (M * w.N + 255) / 256;
-  finish<T><<<static_cast<unsigned>(blocks), 256, 0, stream>>>(w, parts, splits, M, static_cast<T*>(y));
-  return cudaGetLastError();
-}
-
-template <typename T>
-cudaError_t run_as(const Weight& w, const void* x, int64_t M, void* y, float* parts, cudaStream_t stream) {
-  return M <= 8 ? launch<T, 1>(w, x, M, y, parts, stream) : launch<T, 2>(w, x, M, y, parts, stream);
+cudaError_t run_as(const Weight& w, const Call& call, const Plan& plan, cudaStream_t stream) {
+  const auto kernel = call.M <= 8 ? strip_products<T, 1> : strip_products<T, 2>;
+  return launch(kernel, plan.grid, plan.threads, plan.shared_bytes, stream, w, call, plan.stages, plan.stage_bytes);
 }
 
 }  // namespace
 
-size_t workspace_bytes(const Weight& w, int64_t M) {
-  const size_t bytes = static_cast<size_t>(splits_of(w, M)) * static_cast<size_t>(M * w.N) * sizeof(float);
-  return (bytes + 255) / 256 * 256;
+Plan plan_decode(const Weight& w, int64_t M, const Machine& machine) {
+  const int value_bytes = is_int8(w) ? 1 : 2, token_tiles = M <= 8 ? 1 : 2;
+  const int most = w.most_values > 0 && w.most_values < kTile * kTile ? w.most_values : kTile * kTile;
+  Plan plan{};
+  // Four weights are read from where the first of them may be stored: up to 8 bytes behind the last value.
+  plan.stage_bytes = (most * value_bytes + 15) / 16 * 16 + 16;
+  const auto bytes = [&](int warps, int stages) {
+    const int sums = warps * token_tiles * 8 * kTile * 4, tiles = warps * (kTableBytes + stages * plan.stage_bytes);
+    return sums > tiles ? sums : tiles;
+  };
+  // The most that still lets two blocks be on a multiprocessor (each costs it 1 KiB more), or else what fits.
+  const int limit = machine.shared_processor / 2 - 1024;
+  int warps = 4;
+  plan.stages = 2;
+  for (const auto& [some_warps, some_stages] : {std::pair{8, 3}, std::pair{8, 2}, std::pair{4, 3}}) {
+    if (bytes(some_warps, some_stages) <= limit && bytes(some_warps, some_stages) <= machine.shared_block) {
+      warps = some_warps, plan.stages = some_stages;
+      break;
+    }
+  }
+  plan.threads = warps * 32;
+  plan.shared_bytes = bytes(warps, plan.stages);
+  const int64_t strips = (w.N + kTile - 1) / kTile, chunks = (M + kFewTokens - 1) / kFewTokens;
+  const int64_t tiles_k = (w.K + kTile - 1) / kTile, most_splits = (tiles_k + warps - 1) / warps;
+  int64_t resident = machine.shared_processor / (plan.shared_bytes + 1024);
+  resident = resident < 1 ? 1 : resident > 16 / warps ? 16 / warps : resident;  // registers: some 16 warps
+  int64_t splits = resident * machine.processors / (strips * chunks);
+  splits = splits > most_splits ? most_splits : splits;
+  plan.splits = static_cast<int>(splits < 1 ? 1 : splits);
+  plan.grid = dim3(static_cast<unsigned>(strips), static_cast<unsigned>(plan.splits), static_cast<unsigned>(chunks));
+  return plan;
 }
 
-cudaError_t run(const Weight& w, const void* x, int64_t M, void* y, void* workspace, cudaStream_t stream) {
-  if (M == 0) return cudaSuccess;
-  if (w.layout != Layout::mma16) return cudaErrorNotSupported;
-  float* parts = static_cast<float*>(workspace);
-  return w.type == Type::f16 ? run_as<__half>(w, x, M, y, parts, stream)
-                             : run_as<__nv_bfloat16>(w, x, M, y, parts, stream);
+cudaError_t run_decode(const Weight& w, const Call& call, const Plan& plan, cudaStream_t stream) {
+  if (is_int8(w)) return run_as<int8_t>(w, call, plan, stream);
+  return w.type == Type::f16 ? run_as<__half>(w, call, plan, stream) : run_as<__nv_bfloat16>(w, call, plan, stream);
 }
 
 }  // namespace optimize::sparse_matmul::cuda

@@ -1,12 +1,12 @@
 // CUDA kernels of SparseMatMul: y = activation(x W + bias). Knows no framework.
 //
-// Stored form as in ../sparse_matmul.h (64 x 64 tiles, bitmap, values, offsets), with layouts of its own that
-// give every lane what it needs in the order in which it needs it; see layout.h.
+// Stored form as in ../sparse_matmul.h (64 x 64 tiles in the same order, bitmap, values, offsets), with layouts of its
+// own that give every lane what it needs in the order in which it needs it. They are packed by
+// optimizer/custom_ops/cuda_layout.py and described in decode.cu (mma16, mma8) and sparse24.cu (sp16, sp8).
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <string>
 
 #include <cuda_runtime_api.h>
 
@@ -26,12 +26,15 @@ struct Weight {
   Layout layout;
   Type type;
   int32_t activation;
-  const uint8_t* bitmap;    // [T, 512] bitmap, or metadata (sp16, sp8), 16-byte aligned
-  const void* values;       // 16-byte aligned; tiles start at multiples of 16 bytes
-  const int32_t* offsets;   // [T + 1], in values
-  const void* bias;         // [N] of `type`, or null
-  const float* scale;       // [N], mma8 and sp8: W = values * scale[n]
-  const float* x_scale;     // [1] static scale of x, mma8 and sp8; null = one scale per token, computed here
+  const uint8_t* bitmap;       // [T, 512] bitmap, or metadata (sp16, sp8), 16-byte aligned
+  const void* values;          // 16-byte aligned; tiles start at multiples of 16 bytes
+  const int32_t* offsets;      // [T + 1], in values; sp16 and sp8 do not read it (each tile has 2048 values)
+  const void* bias;            // [N] of `type`, or null
+  const float* scale;          // [N], mma8 and sp8: W = values * scale[n]
+  const float* x_scale;        // [1] static scale of x, mma8 and sp8; null = one scale per token, computed here
+  int32_t most_values = 0;     // mma16 and mma8: most values of a tile, that is the largest offsets[t + 1] - offsets[t];
+                               // 0 = not known. Knowing it makes room for more tiles in flight. Too small is an error
+                               // that is not noticed: the results are wrong.
 };
 
 // Bytes of device scratch that run() needs for M tokens (split-K sums, codes of x), 256-byte aligned.
@@ -39,7 +42,12 @@ size_t workspace_bytes(const Weight& weight, int64_t M);
 
 // Enqueues y [M, N] = activation(x [M, K] W + bias) on `stream`; x and y row-major, dense, 16-byte aligned. Any
 // M >= 0, any K and N (tails are handled inside). No allocation, no synchronization: may be captured in a graph.
-// Deterministic: the same inputs give the same bits. Returns the error of the launch.
+// Deterministic: the same inputs give the same bits. Returns the error of the launch; cudaErrorInvalidValue for a
+// layout that does not exist or an int8 layout without scale. Nothing in `workspace` has to be initialized.
+//
+// mma16 and mma8 decode the weight once for every 16 tokens: right for any M, but from some tens of tokens on slower
+// than a dense product. Who chooses between the two (a cost model) must refuse them for large M. sp16 and sp8 have a
+// kernel of their own for M > 16.
 cudaError_t run(const Weight& weight, const void* x, int64_t M, void* y, void* workspace, cudaStream_t stream);
 
 }  // namespace optimize::sparse_matmul::cuda
