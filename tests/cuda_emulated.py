@@ -20,10 +20,10 @@ import cuda_library
 import ml_dtypes
 import numpy as np
 import pytest
+from cuda_weights import DTYPES
 
 from optimizer.custom_ops.cuda_layout import most_values, pack_cuda
 
-DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = mmap.PAGESIZE
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -31,12 +31,17 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 CHECKS = "-fsanitize=alignment,shift,bounds"
 
 
+def compiler() -> str:
+    """A C++ compiler; the test is skipped where there is none."""
+    found = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
+    if found is None:
+        pytest.skip("needs a C++ compiler to build the CUDA kernels for the emulation")
+    return found
+
+
 @functools.cache
 def library() -> Any:
     """Built once for a state of the sources."""
-    compiler = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
-    if compiler is None:
-        pytest.skip("needs a C++ compiler to build the CUDA kernels for the emulation")
     state = hashlib.sha256()
     for path in sorted(cuda_library.SOURCES.rglob("*.*")):
         state.update(path.read_bytes())
@@ -51,7 +56,7 @@ def library() -> Any:
         fcntl.flock(lock, fcntl.LOCK_EX)  # test sessions may run side by side
         made = folder / "liboptimize_cuda.so"
         if not made.exists():
-            cuda_library.compile_all([compiler, *flags], folder, [compiler, "-shared", CHECKS])
+            cuda_library.compile_all([compiler(), *flags], folder, [compiler(), "-shared", CHECKS])
     return cuda_library.load(made)
 
 
@@ -185,26 +190,6 @@ class Case:
         return found
 
 
-def random_weight(
-    shape: tuple[int, int], density: float | str, layout: str, dtype: str, seed: int = 1
-) -> np.ndarray:
-    """Random numbers (int8 codes for int8 layouts); density "2:4" keeps two random ones of four."""
-    rng = np.random.default_rng(seed)
-    k, n = shape
-    if layout in ("mma8", "sp8"):
-        weight = rng.integers(1, 128, shape) * rng.choice([-1, 1], shape)
-        weight = weight.astype(np.int8)
-    else:
-        weight = (rng.standard_normal(shape) / max(1, k) ** 0.5).astype(DTYPES[dtype])
-        weight[weight == 0] = 1
-    if density == "2:4":
-        order = np.argsort(rng.random((-(-k // 4), 4, n)), axis=1)
-        weight[(order >= 2).reshape(-1, n)[:k]] = 0
-    else:
-        weight[rng.random(shape) >= float(density)] = 0
-    return weight
-
-
 def in_a_process(work: Callable[[], None], **settings: str) -> None:
     """Runs it in a process of its own, so that a forbidden read fails this test and no other."""
     library()  # built here, once
@@ -225,11 +210,11 @@ def in_a_process(work: Callable[[], None], **settings: str) -> None:
     )
 
 
-def compiles(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """A small program against the emulation, run."""
-    source, program = folder / "program.cc", folder / "program"
+def program(text: str, folder: Path) -> Path:
+    """A program against the emulation, compiled."""
+    source, made = folder / "program.cc", folder / "program"
     source.write_text(text, "utf-8")
-    flags = ["-std=c++17", "-O1", f"-I{cuda_library.SOURCES}"]
-    flags.append(f"-I{cuda_library.SOURCES / 'emulation'}")
-    subprocess.run(["g++", *flags, "-o", str(program), str(source)], check=True)
-    return subprocess.run([str(program)], check=False, capture_output=True, text=True)
+    sources = cuda_library.SOURCES
+    command = [compiler(), "-std=c++17", "-O1", f"-I{sources}", f"-I{sources / 'emulation'}"]
+    subprocess.run([*command, "-o", str(made), str(source)], check=True)
+    return made

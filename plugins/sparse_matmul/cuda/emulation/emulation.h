@@ -12,6 +12,7 @@
 // Global memory is the caller's: tests put it between pages that may not be touched.
 #pragma once
 
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -94,8 +95,9 @@ struct Copy {
 };
 
 struct Fiber {
-  ucontext_t context;
-  bool done = false;
+  ucontext_t context;  // where it begins,
+  jmp_buf place;       // and where it waits (jumps are ten times as fast as swapcontext, which calls the kernel)
+  bool begun = false, done = false;
   const Meeting* waits = nullptr;
   unsigned turn = 0;
   std::vector<std::vector<Copy>> groups;  // of cp.async, on their way
@@ -109,7 +111,7 @@ struct Block {
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
   int running = 0;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   const std::function<void()>* body = nullptr;
 };
 inline Block* block = nullptr;
@@ -121,6 +123,12 @@ inline std::string setting(const char* name) {
 
 inline unsigned char* shared() { return block->shared; }
 
+// KiB of a multiprocessor; a block may have one less.
+inline size_t shared_kib() {
+  const std::string value = setting("OPTIMIZE_EMULATE_SHARED");
+  return value.empty() ? 100 : static_cast<size_t>(std::stoi(value));
+}
+
 inline void meet(Meeting& meeting, const char* what) {
   if (meeting.arrived > 0 && std::strcmp(meeting.what, what) != 0) stop("threads wait at different instructions");
   meeting.what = what;
@@ -130,8 +138,8 @@ inline void wait_for(Meeting& meeting) {
   Fiber& fiber = block->fibers[block->running];
   fiber.waits = &meeting;
   fiber.turn = meeting.turn;
-  swapcontext(&fiber.context, &block->scheduler);
-  fiber.waits = nullptr;
+  if (_setjmp(fiber.place) == 0) _longjmp(block->scheduler, 1);
+  block->fibers[block->running].waits = nullptr;
 }
 inline void leave(Meeting& meeting) {
   meeting.arrived = 0;
@@ -152,7 +160,15 @@ void together(const char* what, T& mine, F act) {
 inline void trampoline() {
   (*block->body)();
   block->fibers[block->running].done = true;
-  swapcontext(&block->fibers[block->running].context, &block->scheduler);
+  _longjmp(block->scheduler, 1);
+}
+
+// Until it waits or ends.
+inline void resume(Fiber& fiber) {
+  if (_setjmp(block->scheduler) != 0) return;
+  if (fiber.begun) _longjmp(fiber.place, 1);
+  fiber.begun = true;
+  setcontext(&fiber.context);
 }
 
 inline void prepare(ucontext_t& context, unsigned char* stack) {
@@ -194,7 +210,7 @@ inline void run_block(const std::function<void()>& body, unsigned threads, size_
       moved = true;
       state.running = i;
       threadIdx = dim3(static_cast<unsigned>(i), 0, 0);
-      swapcontext(&state.scheduler, &fiber.context);
+      resume(fiber);
       left -= fiber.done;
     }
     if (!moved) stop("all threads wait, and not all at the same place");
@@ -207,6 +223,7 @@ int launch(dim3 grid, unsigned threads, size_t shared_bytes, F call) {
   static std::vector<std::unique_ptr<unsigned char[]>> stacks;
   if (threads % 32 || threads == 0 || threads > 1024 || grid.y > 65535 || grid.z > 65535 || !grid.x || !grid.y || !grid.z)
     return 9;  // cudaErrorInvalidConfiguration
+  if (shared_bytes > (shared_kib() - 1) * 1024) return 1;  // cudaErrorInvalidValue
   const std::function<void()> body = call;
   gridDim = grid;
   blockDim = dim3(threads);
@@ -326,11 +343,13 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorInvalidValue ? "invalid argument" : "invalid configuration";
 }
-// A small GPU, so that small products are split (OPTIMIZE_EMULATE_PROCESSORS), with the shared memory of sm_86.
+// A small GPU, so that small products are split (OPTIMIZE_EMULATE_PROCESSORS), with the shared memory of sm_86 (or
+// OPTIMIZE_EMULATE_SHARED KiB).
 inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
   const std::string processors = emulation::setting("OPTIMIZE_EMULATE_PROCESSORS");
+  const int all = static_cast<int>(emulation::shared_kib());
   *value = attribute == cudaDevAttrMultiProcessorCount            ? (processors.empty() ? 4 : std::stoi(processors))
-           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 99 * 1024
-                                                                  : 100 * 1024;
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? (all - 1) * 1024
+                                                                  : all * 1024;
   return cudaSuccess;
 }

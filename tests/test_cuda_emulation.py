@@ -1,0 +1,166 @@
+"""The CUDA kernels' own source, run on the CPU by plugins/sparse_matmul/cuda/emulation.
+
+The emulated tensor-core instructions follow the tables of the PTX ISA, so that packing, fragments
+and epilogues are proven together. Arrays lie between pages that may not be touched; shared memory,
+scratch and outputs begin as NaN.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import cuda_emulated
+import cuda_library
+import numpy as np
+import pytest
+from cuda_emulated import Case, in_a_process
+from cuda_weights import random_weight
+
+pytestmark = pytest.mark.native
+
+KINDS = [
+    (layout, dtype)
+    for layout in ("mma16", "mma8", "sp16", "sp8")
+    for dtype in ("float16", "bfloat16")
+]
+#: Rows and columns with every kind of tail: K odd, even, a multiple of 8; N less than a tile.
+SHAPES = ((64, 64), (1, 1), (70, 130), (257, 100), (136, 63), (520, 200), (64, 321))
+TOKENS = (1, 2, 7, 8, 9, 15, 16, 17, 33)
+
+
+def density_of(layout: str, density: float) -> float | str:
+    return "2:4" if layout.startswith("sp") else density
+
+
+@pytest.mark.parametrize(("layout", "dtype"), KINDS)
+def test_random_shapes_and_tails(layout: str, dtype: str) -> None:
+    def work() -> None:
+        for shape in SHAPES:
+            for number, tokens in enumerate(TOKENS):
+                density = density_of(layout, (0.1, 0.3, 0.5)[number % 3])
+                weight = random_weight(shape, density, layout, dtype, seed=number)
+                activation = (number + shape[0]) % 5
+                Case(
+                    weight, layout, dtype, seed=number, bias=number % 2 == 0, activation=activation
+                ).run(tokens)
+
+    in_a_process(work)
+
+
+@pytest.mark.parametrize("layout", ["mma16", "mma8", "sp16", "sp8"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ORDER": "down", "COPIES": "early", "PROCESSORS": "1", "SHARED": "228"},
+        {"ORDER": "mixed", "COPIES": "late", "PROCESSORS": "64", "SHARED": "228"},
+        {"ORDER": "down", "COPIES": "late", "PROCESSORS": "16", "SHARED": "164"},
+        {"ORDER": "mixed", "COPIES": "early", "PROCESSORS": "16", "SHARED": "100"},
+    ],
+    ids=lambda settings: "-".join(settings.values()),
+)
+def test_any_order_of_threads_and_copies(layout: str, settings: dict[str, str]) -> None:
+    """And GPUs of any size: with one multiprocessor nothing is split, with many everything is."""
+
+    def work() -> None:
+        for tokens in (1, 16, 40, 130):
+            weight = random_weight((1100, 150), density_of(layout, 0.3), layout, "float16")
+            Case(weight, layout, "float16", activation=tokens % 5).run(tokens)
+
+    in_a_process(work, **settings)
+
+
+@pytest.mark.parametrize("activation", range(5))
+@pytest.mark.parametrize("layout", ["mma16", "mma8", "sp16", "sp8"])
+def test_activations(layout: str, activation: int) -> None:
+    def work() -> None:
+        weight = random_weight((90, 70), density_of(layout, 0.5), layout, "float16")
+        for tokens in (5, 20):
+            Case(weight, layout, "float16", activation=activation).run(tokens)
+
+    in_a_process(work)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 33])
+@pytest.mark.parametrize(("layout", "dtype"), KINDS)
+def test_zeros_empty_columns_and_dense_weights(layout: str, dtype: str, tokens: int) -> None:
+    def work() -> None:
+        shape = (200, 130)
+        whole = random_weight(shape, density_of(layout, 1.0), layout, dtype)
+        Case(whole, layout, dtype).run(tokens)
+        Case(whole, layout, dtype).run(tokens, most=False)
+        holes = whole.copy()
+        holes[:, 3:70] = 0
+        holes[64:128] = 0
+        Case(holes, layout, dtype, activation=3).run(tokens)
+        nothing = np.zeros(shape, whole.dtype)
+        case = Case(nothing, layout, dtype)
+        found = case.run(tokens)
+        np.testing.assert_array_equal(found, np.broadcast_to(case.bias, found.shape))
+
+    in_a_process(work)
+
+
+@pytest.mark.parametrize("layout", ["mma8", "sp8"])
+def test_a_static_scale_of_x(layout: str) -> None:
+    """Numbers beyond it are clipped."""
+
+    def work() -> None:
+        for tokens in (3, 16, 20):
+            weight = random_weight((150, 70), density_of(layout, 0.4), layout, "float16")
+            Case(weight, layout, "float16", x_scale=0.01).run(tokens)
+
+    in_a_process(work)
+
+
+@pytest.mark.parametrize("layout", ["mma16", "mma8", "sp16", "sp8"])
+@pytest.mark.parametrize("tokens", [4, 40])
+def test_the_same_bits_whatever_the_order(layout: str, tokens: int, tmp_path: Path) -> None:
+    """Sums are taken in a fixed order, not in that in which threads happen to finish."""
+
+    def work(file: Path) -> None:
+        weight = random_weight((700, 130), density_of(layout, 0.4), layout, "float16")
+        np.save(file, Case(weight, layout, "float16").run(tokens))
+
+    files = []
+    for order in ("up", "down", "mixed"):
+        files.append(tmp_path / f"{order}.npy")
+        in_a_process(lambda: work(files[-1]), ORDER=order, PROCESSORS="32")
+    first, *others = (np.load(file) for file in files)
+    for other in others:
+        np.testing.assert_array_equal(first, other)
+
+
+class Zeros:
+    """In place of a random generator."""
+
+    def standard_normal(self, shape: tuple[int, ...]) -> np.ndarray:
+        return np.zeros(shape)
+
+
+def test_a_token_of_zeros_has_a_scale() -> None:
+    def work() -> None:
+        case = Case(random_weight((70, 70), 0.5, "mma8", "float16"), "mma8", "float16")
+        case.rng = Zeros()
+        found = case.run(2)
+        np.testing.assert_array_equal(found, np.broadcast_to(case.bias, found.shape))
+
+    in_a_process(work)
+
+
+def call(layout: int, dtype: int, tokens: int, **arrays: int) -> bytes | None:
+    weight = cuda_library.Weight(64, 64, layout, dtype, 0, 0, **arrays)
+    lib = cuda_emulated.library()
+    return lib.optimize_cuda_run(ctypes.byref(weight), None, tokens, None, None, None)
+
+
+@pytest.mark.parametrize(("layout", "dtype"), [(15, 0), (20, 0), (16, 2), (16, -1), (17, 0)])
+def test_what_cannot_be_run_is_refused(layout: int, dtype: int) -> None:
+    """No such layout, no such type, int8 without scale."""
+    assert call(layout, dtype, 4) == b"invalid argument"
+
+
+def test_no_token_is_no_work() -> None:
+    assert call(16, 0, 0) is None
+    weight = cuda_library.Weight(64, 64, 16, 0, 0, 0)
+    assert cuda_emulated.library().optimize_cuda_workspace(ctypes.byref(weight), 0) == 0
