@@ -44,7 +44,8 @@ static void copies(int mistake) {
 }
 static void beyond(int mistake) {
   OPTIMIZE_SHARED(memory);
-  result[threadIdx.x] = reinterpret_cast<float*>(memory)[mistake == 1 ? 64 + threadIdx.x : threadIdx.x];
+  const int i = threadIdx.x;
+  result[i] = reinterpret_cast<float*>(memory)[mistake == 1 ? 64 + i : i];
 }
 static void unwritten(int mistake) {
   OPTIMIZE_SHARED(memory);
