@@ -38,7 +38,7 @@ class Weight(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("layout", "type", "activation", "most_values")),
         *(
             (name, ctypes.c_void_p)
-            for name in ("bitmap", "values", "offsets", "bias", "scale", "x_scale")
+            for name in ("bitmap", "values", "offsets", "bias", "scale", "x_scale", "arrivals")
         ),
     )
 

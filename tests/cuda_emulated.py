@@ -150,7 +150,7 @@ class Case:
         unit = float(ml_dtypes.finfo(DTYPES[self.dtype]).eps)
         return y, 1.13 * error + 10 * eps * (np.abs(y) + 1) + (0.5 + 1e-3) * unit * np.abs(y)
 
-    def run(self, tokens: int, *, most: bool = True) -> np.ndarray:
+    def run(self, tokens: int, *, most: bool = True, arrivals: bool = False) -> np.ndarray:
         """Y [tokens, N] of the emulated kernels for random x, checked against the oracle."""
         dtype = DTYPES[self.dtype]
         x = self.rng.standard_normal((tokens, self.k)).astype(dtype)
@@ -164,6 +164,8 @@ class Case:
             memory["scale"] = Guarded(self.scale)
         if self.x_scale is not None:
             memory["x_scale"] = Guarded(np.array([self.x_scale], np.float32))
+        if arrivals:
+            memory["arrivals"] = Guarded(np.zeros(-(-self.n // 64), np.uint32))
         weight = cuda_library.weight(
             (self.k, self.n), self.layout, self.dtype, self.activation,
             {name: array.address for name, array in memory.items()},
@@ -180,6 +182,8 @@ class Case:
         )
         assert error is None, error
         found = y.read()
+        if arrivals:
+            assert not memory["arrivals"].read().any(), "counts must be left as zeros"
         exact, allowed = self.exact(x)
         wrong = ~(np.abs(found.astype(np.float64) - exact) <= allowed)  # NaN is wrong
         assert not wrong.any(), (

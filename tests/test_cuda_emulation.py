@@ -101,6 +101,20 @@ def test_zeros_empty_columns_and_dense_weights(layout: str, dtype: str, tokens: 
     in_a_process(work)
 
 
+@pytest.mark.parametrize("layout", ["mma16", "mma8", "sp16", "sp8"])
+def test_splits_that_are_added_by_the_last_block(layout: str) -> None:
+    """The same bits as with a kernel of its own for that."""
+
+    def work() -> None:
+        weight = random_weight((900, 150), density_of(layout, 0.4), layout, "float16")
+        for tokens in (1, 7, 16, 17):
+            apart = Case(weight, layout, "float16", activation=4).run(tokens)
+            fused = Case(weight, layout, "float16", activation=4).run(tokens, arrivals=True)
+            np.testing.assert_array_equal(fused, apart)
+
+    in_a_process(work, PROCESSORS="16")
+
+
 @pytest.mark.parametrize("layout", ["mma8", "sp8"])
 def test_a_static_scale_of_x(layout: str) -> None:
     """Numbers beyond it are clipped."""

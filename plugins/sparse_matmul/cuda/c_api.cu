@@ -10,6 +10,7 @@ struct OptimizeCudaWeight {
   int64_t K, N;
   int32_t layout, type, activation, most_values;
   const void *bitmap, *values, *offsets, *bias, *scale, *x_scale;
+  void* arrivals;
 };
 
 namespace {
@@ -26,7 +27,8 @@ Weight weight(const OptimizeCudaWeight& w) {
                 w.bias,
                 static_cast<const float*>(w.scale),
                 static_cast<const float*>(w.x_scale),
-                w.most_values};
+                w.most_values,
+                static_cast<uint32_t*>(w.arrivals)};
 }
 
 }  // namespace

@@ -21,6 +21,7 @@ struct Call {
   const float* steps;  // [M] scale of every token's codes
   void* y;             // [M, N]
   void* parts;         // [splits, M, N] sums (float, or int32 for codes), where there are several splits
+  uint32_t* arrivals;  // [strips] how many splits of a strip are done; null = sum_of_parts adds them up
 };
 
 // How a product is cut; `splits` share the tiles along K.
@@ -81,12 +82,36 @@ __device__ __forceinline__ void store(const Weight& w, const Call& call, int64_t
   static_cast<uint16_t*>(call.y)[token * w.N + column] = from_float(w.type, activate(w.activation, v));
 }
 
-// The same, or this split's part of it.
+// y[token, column], or this split's part of it.
 template <typename Sum>
 __device__ __forceinline__ void deliver(const Weight& w, const Call& call, int split, int splits, int64_t token,
                                         int64_t column, Sum sum) {
   if (splits == 1) return store(w, call, token, column, sum);
   static_cast<Sum*>(call.parts)[(split * call.M + token) * w.N + column] = sum;
+}
+
+// The last of a strip's blocks to arrive adds up the parts of all in the order of the splits, so that the result does
+// not depend on which it is, and leaves the count as it was found. `memory` is shared memory that is free again after a
+// barrier.
+template <typename Sum>
+__device__ __forceinline__ void finish_if_last(const Weight& w, const Call& call, unsigned char* memory, int64_t strip,
+                                               int splits) {
+  __threadfence();  // the parts, before the count
+  __syncthreads();
+  unsigned* before = reinterpret_cast<unsigned*>(memory);
+  if (threadIdx.x == 0) *before = atomicAdd(call.arrivals + strip, 1u);
+  __syncthreads();
+  if (*before + 1 != static_cast<unsigned>(splits)) return;
+  __threadfence();
+  const Sum* parts = static_cast<const Sum*>(call.parts);
+  for (int64_t i = threadIdx.x; i < call.M * kTile; i += blockDim.x) {
+    const int64_t token = i / kTile, column = strip * kTile + i % kTile;
+    if (column >= w.N) continue;
+    Sum sum = 0;
+    for (int s = 0; s < splits; ++s) sum += __ldcg(parts + (s * call.M + token) * w.N + column);
+    store(w, call, token, column, sum);
+  }
+  if (threadIdx.x == 0) call.arrivals[strip] = 0;
 }
 
 }  // namespace optimize::sparse_matmul::cuda

@@ -18,35 +18,28 @@ namespace {
 constexpr int kTableBytes = 128 * 8;  // for each of a tile's 128 bitmap words {word, where its values begin}
 constexpr int kMostWarps = 8;
 
-__device__ __forceinline__ uint32_t at16(const unsigned char* memory, uint32_t byte) {
-  return *reinterpret_cast<const uint16_t*>(memory + byte);
-}
-__device__ __forceinline__ uint32_t at32(const unsigned char* memory, uint32_t byte) {
-  return *reinterpret_cast<const uint32_t*>(memory + byte);
-}
-
-// Four weights {e 0, 1}, {e 2, 3} of 16 bits, whose stored ones begin at byte `at` of `memory`. Bit e of the nibble is
+// Four weights {e 0, 1}, {e 2, 3} of 16 bits, whose stored ones begin at `at` of shared memory. Bit e of the nibble is
 // spread to byte e. Weight e's value lies behind those of the bits below it (a dot product with 2, 2, .. counts their
 // bytes). A loaded value has zeros in its upper half: the selector takes these (bytes 2, 3 or 6, 7), less 0x22 where
 // the bit is set, which takes the value.
-__device__ __forceinline__ uint2 four(__half, const unsigned char* memory, uint32_t at, uint32_t nibble) {
+__device__ __forceinline__ uint2 four(__half, uint32_t at, uint32_t nibble) {
   const uint32_t spread = nibble * 0x00204081u & 0x01010101u;
-  const uint32_t v0 = at16(memory, at);
-  const uint32_t v1 = at16(memory, __dp4a(spread, 0x00000002u, at));
-  const uint32_t v2 = at16(memory, __dp4a(spread, 0x00000202u, at));
-  const uint32_t v3 = at16(memory, __dp4a(spread, 0x00020202u, at));
+  const uint32_t v0 = load_shared16(at);
+  const uint32_t v1 = load_shared16(__dp4a(spread, 0x00000002u, at));
+  const uint32_t v2 = load_shared16(__dp4a(spread, 0x00000202u, at));
+  const uint32_t v3 = load_shared16(__dp4a(spread, 0x00020202u, at));
   const uint32_t select = 0x76327632u - 0x22u * spread;
   return uint2{permute(v0, v1, select), permute(v2, v3, select >> 16)};
 }
-__device__ __forceinline__ uint2 four(__nv_bfloat16, const unsigned char* memory, uint32_t at, uint32_t nibble) {
-  return four(__half(), memory, at, nibble);
+__device__ __forceinline__ uint2 four(__nv_bfloat16, uint32_t at, uint32_t nibble) {
+  return four(__half(), at, nibble);
 }
 
 // Four weights of 8 bits, in one register: the four bytes from `at` on are cut out of two words. Bit e is spread to
 // nibble e of the selector, which is the number of bits below it, plus 4 (a byte of zero) where the bit is not set.
-__device__ __forceinline__ uint32_t four(int8_t, const unsigned char* memory, uint32_t at, uint32_t nibble) {
+__device__ __forceinline__ uint32_t four(int8_t, uint32_t at, uint32_t nibble) {
   const uint32_t word = at & ~3u;
-  const uint32_t bytes = __funnelshift_r(at32(memory, word), at32(memory, word + 4), at << 3);
+  const uint32_t bytes = __funnelshift_r(load_shared32(word), load_shared32(word + 4), at << 3);
   const uint32_t pairs = nibble * 0x41u & 0x303u;
   const uint32_t spread = pairs * 9u & 0x1111u;
   return permute(bytes, 0, 0x4444u + spread * (0x1110u - 4u));
@@ -81,7 +74,7 @@ __device__ __forceinline__ void read_x(uint32_t (&words)[4], const Call& call, i
 // One block: one strip of 64 columns, one share of the tiles along K (blockIdx.y), up to 16 tokens (blockIdx.z). Its
 // warps take turns at the tiles, each with `stages` places for the values of tiles on their way.
 template <typename T, int kTokenTiles>
-__global__ void __launch_bounds__(kMostWarps * 32) strip_products(Weight w, Call call, int stages, int stage_bytes) {
+__global__ void __launch_bounds__(kMostWarps * 32, 2) strip_products(Weight w, Call call, int stages, int stage_bytes) {
   OPTIMIZE_SHARED(memory);
   using Sum = SumOf<T>;
   constexpr int kBytes = std::is_same_v<T, int8_t> ? 1 : 2;  // of a value
@@ -140,7 +133,7 @@ __global__ void __launch_bounds__(kMostWarps * 32) strip_products(Weight w, Call
         const int other = __shfl_up_sync(0xffffffffu, start, d);
         if (lane >= d) start += other;
       }
-      const uint32_t at = ring + stage * stage_bytes + (start - count) * kBytes;
+      const uint32_t at = shared_address(memory) + ring + stage * stage_bytes + (start - count) * kBytes;
       uint4* entries = reinterpret_cast<uint4*>(memory + own) + lane * 2;
       entries[0] = uint4{bits.x, at, bits.y, at + count0 * kBytes};
       entries[1] = uint4{bits.z, at + count1 * kBytes, bits.w, at + count2 * kBytes};
@@ -152,22 +145,25 @@ __global__ void __launch_bounds__(kMostWarps * 32) strip_products(Weight w, Call
     }
     __syncwarp();
     const int shift = lane % 8 * 4;
-    const auto weights = [&](int group) {
-      const uint2 entry = table[group * 4];
-      const uint32_t at = entry.y + __popc(entry.x & ((1u << shift) - 1)) * kBytes;
-      return four(T(), memory, at, entry.x >> shift & 15);
-    };
+    const uint32_t below = (1u << shift) - 1;
 #pragma unroll
     for (int nb = 0; nb < 4; ++nb) {
+      uint2 entries[8];  // all at once, since each is waited for
+#pragma unroll
+      for (int i = 0; i < 8; ++i) entries[i] = table[(nb * 8 + i) * 4];
+      const auto weights = [&](int i) {
+        const uint32_t at = entries[i].y + __popc(entries[i].x & below) * kBytes;
+        return four(T(), at, entries[i].x >> shift & 15);
+      };
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
         uint32_t a[4];
         if constexpr (kBytes == 2) {
-          const uint2 upper = weights(nb * 8 + s * 2), lower = weights(nb * 8 + s * 2 + 1);
+          const uint2 upper = weights(s * 2), lower = weights(s * 2 + 1);
           a[0] = upper.x, a[1] = lower.x, a[2] = upper.y, a[3] = lower.y;
         } else {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) a[i] = weights(nb * 8 + s * 4 + i);
+          for (int i = 0; i < 4; ++i) a[i] = weights(s * 4 + i);
         }
 #pragma unroll
         for (int i = 0; i < kTokenTiles; ++i) {
@@ -201,6 +197,7 @@ __global__ void __launch_bounds__(kMostWarps * 32) strip_products(Weight w, Call
     for (int v = 0; v < warps; ++v) sum += shared[v * kTokenTiles * 8 * kTile + i];
     deliver(w, call, blockIdx.y, gridDim.y, token, column, sum);
   }
+  if (call.arrivals) finish_if_last<Sum>(w, call, memory, strip, gridDim.y);
 }
 
 template <typename T>

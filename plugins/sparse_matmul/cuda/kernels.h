@@ -35,6 +35,9 @@ struct Weight {
   int32_t most_values = 0;     // mma16 and mma8: most values of a tile, that is the largest offsets[t + 1] - offsets[t];
                                // 0 = not known. Knowing it makes room for more tiles in flight. Too small is an error
                                // that is not noticed: the results are wrong.
+  uint32_t* arrivals = nullptr;  // [ceil(N / 64)] zeros, left as zeros by every run: with them, few tokens (M <= 16)
+                                 // need one kernel less (some 2 us). No two runs that may be under way at the same time
+                                 // may have the same. null = not used
 };
 
 // Bytes of device scratch that run() needs for M tokens (split-K sums, codes of x), 256-byte aligned.

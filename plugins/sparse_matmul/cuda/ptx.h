@@ -31,9 +31,24 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, s
   return cudaGetLastError();
 }
 
+// Shared memory by its own addresses, which are numbers of 32 bits.
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+__device__ __forceinline__ uint32_t load_shared16(uint32_t address) {
+  uint16_t value;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(address));
+  return value;
+}
+__device__ __forceinline__ uint32_t load_shared32(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address));
+  return value;
+}
+
 // cp.async: 16 bytes from global to shared memory, both aligned to 16; zeros where not `valid`.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool valid = true) {
-  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  const uint32_t address = shared_address(to);
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
 }
@@ -54,7 +69,7 @@ __device__ __forceinline__ uint32_t permute(uint32_t low, uint32_t high, uint32_
 // ldmatrix.x4: lane l names row l % 8 (16 bytes of shared memory) of matrix l / 8; it gets bytes 4 (l % 4) ..+3 of row
 // l / 4 of each of the four.
 __device__ __forceinline__ void load_matrices(uint32_t (&result)[4], const void* row) {
-  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  const uint32_t address = shared_address(row);
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
                : "r"(address)
@@ -101,6 +116,9 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, s
                    Arguments... arguments) {
   return emulation::launch(grid, threads, shared_bytes, [=] { kernel(arguments...); });
 }
+inline uint32_t shared_address(const void* pointer) { return emulation::shared_address(pointer); }
+inline uint32_t load_shared16(uint32_t address) { return emulation::load_shared<uint16_t>(address); }
+inline uint32_t load_shared32(uint32_t address) { return emulation::load_shared<uint32_t>(address); }
 inline void copy_async(void* to, const void* from, bool valid = true) { emulation::copy_async(to, from, valid); }
 inline void commit_copies() { emulation::commit_copies(); }
 template <int kLeft>

@@ -49,7 +49,8 @@ Scratch scratch_of(const Weight& w, int64_t M) {
 cudaError_t run_slab(const Weight& w, const void* x, int64_t M, void* y, unsigned char* workspace,
                      cudaStream_t stream) {
   const Scratch s = scratch_of(w, M);
-  Call call{x, M, s.stride, nullptr, y, workspace + s.parts};
+  uint32_t* arrivals = s.plan.splits > 1 && M <= kFewTokens ? w.arrivals : nullptr;
+  Call call{x, M, s.stride, nullptr, y, workspace + s.parts, arrivals};
   if (is_int8(w)) {
     float* steps = reinterpret_cast<float*>(workspace + s.steps);
     int8_t* codes = reinterpret_cast<int8_t*>(workspace);
@@ -60,7 +61,7 @@ cudaError_t run_slab(const Weight& w, const void* x, int64_t M, void* y, unsigne
   }
   const cudaError_t error =
       is_sparse24(w) ? run_sparse24(w, call, s.plan, stream) : run_decode(w, call, s.plan, stream);
-  if (error != cudaSuccess || s.plan.splits == 1) return error;
+  if (error != cudaSuccess || s.plan.splits == 1 || arrivals) return error;
   return finish(w, call, s.plan.splits, stream);
 }
 

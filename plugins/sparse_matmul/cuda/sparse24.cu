@@ -123,6 +123,7 @@ __global__ void __launch_bounds__(kFewWarps * 32) few_tokens(Weight w, Call call
     for (int v = 0; v < kFewWarps; ++v) sum += shared[v * kTokenTiles * 8 * kTile + i];
     deliver(w, call, blockIdx.y, gridDim.y, token, column, sum);
   }
+  if (call.arrivals) finish_if_last<Sum>(w, call, memory, strip, gridDim.y);
 }
 
 // Many tokens. One block: two strips of 64 columns, 32 tokens for each of kWarpsM pairs of warps, one share of the tiles

@@ -265,6 +265,21 @@ inline void wait_copies(int left) {
   }
 }
 
+// Addresses of shared memory are not those of the host: 1024 is its begin, as it is on some GPUs.
+constexpr uint32_t kSharedBegin = 1024;
+inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - block->shared) + kSharedBegin;
+}
+template <typename T>
+T load_shared(uint32_t address) {
+  const uint32_t at = address - kSharedBegin;
+  if (address < kSharedBegin || at + sizeof(T) > block->shared_bytes) stop("a load is outside of shared memory");
+  if (at % sizeof(T)) stop("a load from shared memory is not aligned");
+  T value;
+  std::memcpy(&value, block->shared + at, sizeof(T));
+  return value;
+}
+
 inline uint32_t permute(uint32_t low, uint32_t high, uint32_t select) {
   const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
   uint32_t result = 0;
@@ -324,6 +339,17 @@ template <typename T>
 T __ldg(const T* at) {
   if (reinterpret_cast<uintptr_t>(at) % alignof(T)) emulation::stop("a load is not aligned");
   return *at;
+}
+template <typename T>
+T __ldcg(const T* at) {
+  return __ldg(at);
+}
+// Blocks run one after the other, each by one thread of the host.
+inline void __threadfence() {}
+inline uint32_t atomicAdd(uint32_t* at, uint32_t by) {
+  const uint32_t before = *at;
+  *at += by;
+  return before;
 }
 inline int __popc(uint32_t v) { return __builtin_popcount(v); }
 inline uint32_t __dp4a(uint32_t a, uint32_t b, uint32_t c) {
