@@ -6,6 +6,7 @@ Used by ``gpu.py`` (built by nvcc) and by the tests (built by a C++ compiler, fo
 from __future__ import annotations
 
 import ctypes
+import shutil
 import subprocess
 import sys
 import types
@@ -78,6 +79,25 @@ def compile_all(command: list[str], folder: Path, link: list[str]) -> Path:
     return made
 
 
+#: Checks of the emulation's compiler: shifts, array bounds, alignment of what is read.
+CHECKS = "-fsanitize=alignment,shift,bounds"
+
+
+def cxx() -> str | None:
+    """A C++ compiler."""
+    return next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
+
+
+def build_emulated(folder: Path, compiler: str) -> Path:
+    """The kernels for the CPU (plugins/sparse_matmul/cuda/emulation)."""
+    flags = [
+        "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror",
+        "-Wno-unknown-pragmas", CHECKS, "-fno-sanitize-recover=all", f"-I{SOURCES / 'emulation'}",
+        "-x", "c++",
+    ]  # fmt: skip
+    return compile_all([compiler, *flags], folder, [compiler, "-shared", CHECKS])
+
+
 def load(path: Path) -> Any:
     """The library's functions with their types."""
     library = ctypes.CDLL(str(path))
@@ -88,4 +108,6 @@ def load(path: Path) -> Any:
     library.optimize_cuda_run.argtypes = [
         ctypes.POINTER(Weight), pointer, i64, pointer, pointer, pointer,
     ]  # fmt: skip
+    library.optimize_cuda_read.restype = ctypes.c_char_p
+    library.optimize_cuda_read.argtypes = [pointer, i64, pointer, pointer]
     return library

@@ -34,9 +34,7 @@ ENTRY = re.compile(
 
 def kernels() -> list[str]:
     """Names of the kernels in the sources."""
-    found = re.compile(
-        r"__global__\s+void\s+(?:__launch_bounds__\(.*?\)\s+)?(\w+)\(Weight", re.DOTALL
-    )
+    found = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\(.*?\)\s+)?(\w+)\(", re.DOTALL)
     return sorted(
         {name for file in SOURCES.glob("*.cu") for name in found.findall(file.read_text())}
     )

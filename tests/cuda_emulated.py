@@ -10,7 +10,6 @@ import math
 import mmap
 import multiprocessing
 import os
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -27,13 +26,11 @@ from optimizer.custom_ops.cuda_layout import most_values, pack_cuda
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = mmap.PAGESIZE
 LIBC = ctypes.CDLL(None, use_errno=True)
-#: Checks of the compiler: shifts, array bounds, alignment of what is read.
-CHECKS = "-fsanitize=alignment,shift,bounds"
 
 
 def compiler() -> str:
     """A C++ compiler; the test is skipped where there is none."""
-    found = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
+    found = cuda_library.cxx()
     if found is None:
         pytest.skip("needs a C++ compiler to build the CUDA kernels for the emulation")
     return found
@@ -47,16 +44,11 @@ def library() -> Any:
         state.update(path.read_bytes())
     folder = ROOT / ".pytest_cache" / "cuda" / state.hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    flags = [
-        "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror",
-        "-Wno-unknown-pragmas", CHECKS, "-fno-sanitize-recover=all",
-        f"-I{cuda_library.SOURCES / 'emulation'}", "-x", "c++",
-    ]  # fmt: skip
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # test sessions may run side by side
         made = folder / "liboptimize_cuda.so"
         if not made.exists():
-            cuda_library.compile_all([compiler(), *flags], folder, [compiler(), "-shared", CHECKS])
+            cuda_library.build_emulated(folder, compiler())
     return cuda_library.load(made)
 
 
