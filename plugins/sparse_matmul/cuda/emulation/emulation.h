@@ -6,8 +6,8 @@
 //   - shared memory begins as 0xff (NaN in every float type) and ends at a page that may not be touched;
 //   - copies of cp.async arrive as late as they may, at the wait, or at once (OPTIMIZE_EMULATE_COPIES=late|early), so
 //     that what is read too early, or written over too early, shows;
-//   - the fibers run in ascending, descending or mixed order (OPTIMIZE_EMULATE_ORDER=up|down|mixed), so that a missing
-//     barrier shows;
+//   - the fibers run in several orders (OPTIMIZE_EMULATE_ORDER), so that a missing barrier shows: the first warp as far
+//     as it can, then the second and so on (up), from the last thread to the first (down), or all by turns (mixed);
 //   - lanes that wait at different instructions, and waits without an end, stop the program.
 // Global memory is the caller's: tests put it between pages that may not be touched.
 #pragma once
@@ -202,18 +202,25 @@ inline void run_block(const std::function<void()>& body, unsigned threads, size_
   static std::mt19937 random(1);
   if (wanted == "down") std::reverse(order.begin(), order.end());
   if (wanted == "mixed") std::shuffle(order.begin(), order.end(), random);
+  // A part of them goes as far as it can before the next one: a warp, or all where warps are mixed.
+  const unsigned part = wanted == "mixed" ? threads : 32;
   for (size_t left = threads; left > 0;) {
-    bool moved = false;
-    for (const int i : order) {
-      Fiber& fiber = state.fibers[i];
-      if (fiber.done || (fiber.waits && fiber.waits->turn == fiber.turn)) continue;
-      moved = true;
-      state.running = i;
-      threadIdx = dim3(static_cast<unsigned>(i), 0, 0);
-      resume(fiber);
-      left -= fiber.done;
+    bool any = false;
+    for (unsigned first = 0; first < threads; first += part) {
+      for (bool moved = true; moved; any |= moved) {
+        moved = false;
+        for (unsigned at = first; at < first + part; ++at) {
+          Fiber& fiber = state.fibers[order[at]];
+          if (fiber.done || (fiber.waits && fiber.waits->turn == fiber.turn)) continue;
+          moved = true;
+          state.running = order[at];
+          threadIdx = dim3(static_cast<unsigned>(order[at]), 0, 0);
+          resume(fiber);
+          left -= fiber.done;
+        }
+      }
     }
-    if (!moved) stop("all threads wait, and not all at the same place");
+    if (!any) stop("all threads wait, and not all at the same place");
   }
   block = nullptr;
 }
