@@ -27,7 +27,7 @@ except ImportError:
 from optimizer.custom_ops import cuda_layout  # noqa: E402
 
 SOURCES = ROOT / "plugins" / "sparse_matmul" / "cuda"
-FILES = ("decode.cu", "sparse24.cu", "quantize.cu", "run.cu", "c_api.cu")
+FILES = ("decode.cu", "sparse24.cu", "quantize.cu", "run.cu", "c_api.cu", "validate.cc")
 TYPES = {"float16": 0, "bfloat16": 1}
 
 
@@ -110,4 +110,6 @@ def load(path: Path) -> Any:
     ]  # fmt: skip
     library.optimize_cuda_read.restype = ctypes.c_char_p
     library.optimize_cuda_read.argtypes = [pointer, i64, pointer, pointer]
+    library.optimize_cuda_validate.restype = ctypes.c_char_p
+    library.optimize_cuda_validate.argtypes = [ctypes.POINTER(Weight), i64, i64, i64]
     return library

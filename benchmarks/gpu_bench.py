@@ -17,6 +17,7 @@ DECODE, PREFILL = (1, 4, 8, 16), (64, 512, 2048)
 CACHE = 400e6  # bytes of dense copies: more than the second-level cache of any GPU
 BASE = 256  # columns that are packed; a weight has them several times side by side
 ROUNDS = 20
+DEVICE = "cuda"
 
 Call = Callable[[], Any]
 
@@ -57,8 +58,8 @@ def in_turns(**contenders: list[Call]) -> dict[str, list[float]]:
 
 def read_rate(lib: Any) -> float:
     """GB/s at which memory is read: nothing is written, no cache holds it."""
-    source = torch.ones(1 << 28, dtype=torch.float32, device="cuda")
-    sink = torch.zeros(1, dtype=torch.int32, device="cuda")
+    source = torch.ones(1 << 28, dtype=torch.float32, device=DEVICE)
+    sink = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     size = source.numel() * source.element_size()
 
     def call() -> None:
@@ -88,8 +89,8 @@ def row_of(
 ) -> dict[str, Any]:  # fmt: skip
     """One measurement."""
     (k, n), (sparse, dense) = shape, weights
-    x = torch.randn(tokens, k, device="cuda", dtype=torch.float16)
-    y = torch.empty(tokens, n, device="cuda", dtype=torch.float16)
+    x = torch.randn(tokens, k, device=DEVICE, dtype=torch.float16)
+    y = torch.empty(tokens, n, device=DEVICE, dtype=torch.float16)
     scratch = sparse[0].workspace(tokens)
     contenders = {
         "sparse": [functools.partial(s, x, y, scratch) for s in sparse],
@@ -147,8 +148,8 @@ def weights_of(
     stored = torch.int8 if layout in INT8 else torch.float16
     density = zeros if zeros == "2:4" else 1 - float(zeros)
     base = random_weight((k, BASE), density, stored, torch.Generator().manual_seed(0))
-    first = Sparse.of(lib, base, layout, torch.float16, "cuda", repeats=n // BASE)
-    dense = base.to("cuda").to(torch.float16).repeat(1, n // BASE)
+    first = Sparse.of(lib, base, layout, torch.float16, DEVICE, repeats=n // BASE)
+    dense = base.to(DEVICE).to(torch.float16).repeat(1, n // BASE)
     number = max(2, round(CACHE / (2 * k * n)))
     return (
         [first, *(first.copy() for _ in range(number - 1))],

@@ -83,3 +83,23 @@ def test_runs_of_lanes_met_more_than_twice_as_many(zeros):
     before, now = mean_wavefronts(runs_of_lanes_reads, zeros), mean_wavefronts(mma16_reads, zeros)
     assert before > 3
     assert before > 2 * now
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "turn"), [(128, lambda t: t & 7), (64, lambda t: t >> 1 & 3)]
+)
+def test_a_matrix_of_x_meets_no_conflicts(row_bytes, turn):
+    """sparse24.cu, Shape::place: ldmatrix reads 16 bytes of eight tokens at a time."""
+    for chunk in range(row_bytes // 16):
+        starts = np.array([t * row_bytes + (chunk ^ turn(t)) * 16 for t in range(8)])
+        words = (starts[:, None] + np.arange(0, 16, 4)).reshape(1, 32)
+        assert wavefronts(words).tolist() == [1]
+    places = {t * row_bytes + (c ^ turn(t)) * 16 for t in range(8) for c in range(row_bytes // 16)}
+    assert len(places) == 8 * row_bytes // 16, "each chunk has a place of its own"
+
+
+def test_sums_of_many_tokens_are_written_without_conflicts():
+    """sparse24.cu, kPitch: lane 4 g + t writes token 2 t, column g."""
+    lanes = np.arange(32)
+    words = (2 * (lanes % 4) * (64 + 4) + lanes // 4) * 4
+    assert wavefronts(words[None]).tolist() == [1]

@@ -1,4 +1,6 @@
 // What benchmarks/gpu.py and tests/test_cuda_emulation.py call through ctypes. Pointers are device memory.
+#include <string>
+
 #include "kernels.h"
 #include "ptx.h"
 
@@ -54,6 +56,14 @@ __global__ void __launch_bounds__(256) read_all(const uint4* from, int64_t count
 
 OPTIMIZE_EXPORT int64_t optimize_cuda_workspace(const OptimizeCudaWeight* w, int64_t M) {
   return static_cast<int64_t>(workspace_bytes(weight(*w), M));
+}
+
+// Null if the weight, whose arrays are in the host's memory, is sound; else the reason (until the next call).
+OPTIMIZE_EXPORT const char* optimize_cuda_validate(const OptimizeCudaWeight* w, int64_t bitmap_bytes,
+                                                   int64_t num_values, int64_t num_offsets) {
+  static thread_local std::string reason;
+  reason = validate(weight(*w), bitmap_bytes, num_values, num_offsets);
+  return reason.empty() ? nullptr : reason.c_str();
 }
 
 // Reads `bytes` (a multiple of 16) from `from` on; `sink` is 4 bytes. Null, or what went wrong.

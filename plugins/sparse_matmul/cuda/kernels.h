@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include <cuda_runtime_api.h>
 
@@ -39,6 +40,13 @@ struct Weight {
                                  // need one kernel less (some 2 us). No two runs that may be under way at the same time
                                  // may have the same. null = not used
 };
+
+// Everything that run() relies on, checked on copies of the arrays in the host's memory: `weight` has the pointers of
+// these (those of bias and x_scale are not looked at; scale may be null here). Sizes, offsets that begin at 16 bytes,
+// lie inside of the values and have room for the bits before them, no bit outside of K x N, `most_values` where it is
+// given, sound metadata, finite positive scales. Empty if the weight is sound, else a sentence saying what was found
+// and what was expected. run() itself checks none of it: call this once for every weight that comes from a file.
+std::string validate(const Weight& weight, int64_t bitmap_bytes, int64_t num_values, int64_t num_offsets);
 
 // Bytes of device scratch that run() needs for M tokens (split-K sums, codes of x), 256-byte aligned.
 size_t workspace_bytes(const Weight& weight, int64_t M);
