@@ -8,6 +8,7 @@ scratch and outputs begin as NaN.
 from __future__ import annotations
 
 import ctypes
+import math
 from pathlib import Path
 
 import cuda_emulated
@@ -143,6 +144,28 @@ def test_the_same_bits_whatever_the_order(layout: str, tokens: int, tmp_path: Pa
     first, *others = (np.load(file) for file in files)
     for other in others:
         np.testing.assert_array_equal(first, other)
+
+
+def splits_of(layout: str, shape: tuple[int, int]) -> int:
+    """From the scratch for a token: a float for each column and split."""
+    weight = cuda_library.weight(shape, layout, "float16", 0, {}, most_values=2200)
+    size = cuda_emulated.library().optimize_cuda_workspace(ctypes.byref(weight), 1)
+    return max(1, size // (4 * shape[1]))
+
+
+@pytest.mark.parametrize(("layout", "warps"), [("mma16", 8), ("sp16", 4)])
+@pytest.mark.parametrize(
+    "shape", [(4096, 4096), (4096, 11008), (11008, 4096), (8192, 8192), (4096, 14336)]
+)
+def test_splits_fill_a_large_gpu(layout, warps, shape, monkeypatch) -> None:
+    """132 multiprocessors, as an H100 has: none may have 1.7 times its share of the tiles."""
+    monkeypatch.setenv("OPTIMIZE_EMULATE_PROCESSORS", "132")
+    monkeypatch.setenv("OPTIMIZE_EMULATE_SHARED", "228")
+    splits = splits_of(layout, shape)
+    strips, tiles = shape[1] // 64, shape[0] // 64
+    assert strips * splits * warps >= 0.8 * 132 * 16, "16 warps for each"
+    busiest = math.ceil(strips * splits / 132) * math.ceil(tiles / splits / warps) * warps
+    assert busiest <= 1.7 * strips * tiles / 132
 
 
 class Zeros:

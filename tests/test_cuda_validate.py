@@ -56,6 +56,10 @@ def test_sizes(layout):
     assert "K and N must be between 1 and 2^31 - 1, found 0 and 70" in reason(
         layout, arrays, (0, 70)
     )
+    if layout in ("mma8", "sp8"):
+        assert (
+            reason(layout, arrays, (132105, 70)) == "K is 132105, with int8 values at most 132104"
+        )
     short = replace(arrays, offsets=arrays.offsets[:-1])
     assert reason(layout, short) == "number of offsets: found 6, expected 7"
 

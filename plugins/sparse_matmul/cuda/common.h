@@ -34,6 +34,23 @@ struct Machine {
   int processors, shared_block, shared_processor;  // bytes of shared memory that a block may have, and in all
 };
 
+// Into how many splits the tiles along K are cut, for kernels of few tokens: `strips` blocks for each split, whose warps
+// take tiles in turns; `resident` blocks run on a multiprocessor at once. Enough blocks to fill four fifths of the
+// places, then what leaves the busiest multiprocessor the least to do: its blocks, each with the tiles of its busiest
+// warp and half a tile's time to begin and end.
+inline int splits_for(int64_t strips, int64_t tiles_k, int warps, int64_t resident, int processors) {
+  const int64_t most = (tiles_k + warps - 1) / warps, places = resident * processors;
+  int64_t least = (4 * places + 5 * strips - 1) / (5 * strips), best = 1, best_cost = 0;
+  least = least > most ? most : least;
+  if (least < 1) least = 1;
+  for (int64_t s = least; s <= 2 * least && s <= most; ++s) {
+    const int64_t blocks = (strips * s + processors - 1) / processors;
+    const int64_t tiles = (tiles_k + s * warps - 1) / (s * warps), cost = blocks * (2 * tiles + 1);
+    if (s == least || cost < best_cost) best = s, best_cost = cost;
+  }
+  return static_cast<int>(best < 1 ? 1 : best);
+}
+
 inline bool is_int8(const Weight& w) { return w.layout == Layout::mma8 || w.layout == Layout::sp8; }
 inline bool is_sparse24(const Weight& w) { return w.layout == Layout::sp16 || w.layout == Layout::sp8; }
 

@@ -231,12 +231,10 @@ Plan plan_decode(const Weight& w, int64_t M, const Machine& machine) {
   plan.threads = warps * 32;
   plan.shared_bytes = bytes(warps, plan.stages);
   const int64_t strips = (w.N + kTile - 1) / kTile, chunks = (M + kFewTokens - 1) / kFewTokens;
-  const int64_t tiles_k = (w.K + kTile - 1) / kTile, most_splits = (tiles_k + warps - 1) / warps;
+  const int64_t tiles_k = (w.K + kTile - 1) / kTile;
   int64_t resident = machine.shared_processor / (plan.shared_bytes + 1024);
-  resident = resident < 1 ? 1 : resident > 16 / warps ? 16 / warps : resident;  // registers: some 16 warps
-  int64_t splits = resident * machine.processors / (strips * chunks);
-  splits = splits > most_splits ? most_splits : splits;
-  plan.splits = static_cast<int>(splits < 1 ? 1 : splits);
+  resident = resident < 1 ? 1 : resident > 16 / warps ? 16 / warps : resident;  // registers: 16 warps
+  plan.splits = splits_for(strips * chunks, tiles_k, warps, resident, machine.processors);
   plan.grid = dim3(static_cast<unsigned>(strips), static_cast<unsigned>(plan.splits), static_cast<unsigned>(chunks));
   return plan;
 }

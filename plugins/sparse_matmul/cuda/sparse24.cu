@@ -268,10 +268,7 @@ Plan plan_sparse24(const Weight& w, int64_t M, const Machine& machine) {
   const int64_t strips = (w.N + kTile - 1) / kTile, tiles_k = (w.K + kTile - 1) / kTile;
   Plan plan{};
   if (M <= kFewTokens) {
-    const int64_t most = (tiles_k + kFewWarps - 1) / kFewWarps, blocks = int64_t{4} * machine.processors;
-    int64_t splits = blocks / strips;  // as many blocks as run at once
-    splits = splits > most ? most : splits;
-    plan.splits = static_cast<int>(splits < 1 ? 1 : splits);
+    plan.splits = splits_for(strips, tiles_k, kFewWarps, 4, machine.processors);  // registers: 16 warps
     plan.grid = dim3(static_cast<unsigned>(strips), static_cast<unsigned>(plan.splits), 1);
     return plan;
   }

@@ -71,6 +71,9 @@ std::string validate(const Weight& w, int64_t bitmap_bytes, int64_t num_values, 
   constexpr int64_t kLimit = int64_t{1} << 31;
   if (w.K < 1 || w.N < 1 || w.K >= kLimit || w.N >= kLimit)
     return "K and N must be between 1 and 2^31 - 1, found " + std::to_string(w.K) + " and " + std::to_string(w.N);
+  constexpr int64_t kMostInt8 = kLimit / (128 * 127);  // sums of products of codes are int32
+  if ((w.layout == Layout::mma8 || w.layout == Layout::sp8) && w.K > kMostInt8)
+    return "K is " + std::to_string(w.K) + ", with int8 values at most " + std::to_string(kMostInt8);
   const int32_t layout = static_cast<int32_t>(w.layout);
   if (layout < 16 || layout > 19) return "layout " + std::to_string(layout) + ", expected 16 to 19";
   const int64_t tiles_k = (w.K + kTile - 1) / kTile, tiles = tiles_k * ((w.N + kTile - 1) / kTile);
