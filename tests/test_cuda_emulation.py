@@ -168,6 +168,22 @@ def test_splits_fill_a_large_gpu(layout, warps, shape, monkeypatch) -> None:
     assert busiest <= 1.7 * strips * tiles / 132
 
 
+@pytest.mark.parametrize("layout", ["mma16", "mma8", "sp16", "sp8"])
+@pytest.mark.parametrize("shape", [(4096, 4096), (2048, 64), (300, 20000)])
+def test_scratch_is_enough_for_fewer_tokens(layout, shape, monkeypatch) -> None:
+    """Fewer are cut into more splits: what is needed for M tokens may be less than for M / 2."""
+    monkeypatch.setenv("OPTIMIZE_EMULATE_PROCESSORS", "132")
+    monkeypatch.setenv("OPTIMIZE_EMULATE_SHARED", "228")
+    weight = cuda_library.weight(shape, layout, "float16", 0, {}, most_values=2200)
+    lib, before = cuda_emulated.library(), 0
+    for tokens in (*range(1, 300), 1000, 2**19 - 1, 2**19, 2**19 + 5):
+        size = lib.optimize_cuda_workspace(ctypes.byref(weight), tokens)
+        assert size >= before
+        before = size
+    if layout.endswith("16"):
+        assert before <= 4 * 8 * 132 * 128 * 128, "no split of what fills the GPU anyway"
+
+
 class Zeros:
     """In place of a random generator."""
 
@@ -195,6 +211,29 @@ def call(layout: int, dtype: int, tokens: int, **arrays: int) -> bytes | None:
 def test_what_cannot_be_run_is_refused(layout: int, dtype: int) -> None:
     """No such layout, no such type, int8 without scale."""
     assert call(layout, dtype, 4) == b"invalid argument"
+
+
+@pytest.mark.parametrize("layout", [16, 18])
+@pytest.mark.parametrize("tokens", [2, 20])
+def test_a_sum_of_nothing_is_the_bias(layout: int, tokens: int) -> None:
+    bias, y = np.arange(64, dtype=np.float16), np.full((tokens, 64), np.nan, np.float16)
+    weight = cuda_library.Weight(0, 64, layout, 0, 0, 0, bias=bias.ctypes.data)
+    lib = cuda_emulated.library()
+    arguments = (bias.ctypes.data, tokens, y.ctypes.data, None, None)  # no x: nothing reads it
+    assert lib.optimize_cuda_run(ctypes.byref(weight), *arguments) is None
+    np.testing.assert_array_equal(y, np.broadcast_to(bias, y.shape))
+
+
+@pytest.mark.parametrize("numbers", [4, 1028, 4 * 256 * 8 * 4 * 5 + 4])
+def test_the_read_of_the_benchmark_stays_inside(numbers: int) -> None:
+    def work() -> None:
+        array = cuda_emulated.Guarded(np.ones(numbers, np.uint32))
+        sink = cuda_emulated.Guarded(np.zeros(1, np.uint32))
+        lib = cuda_emulated.library()
+        assert lib.optimize_cuda_read(array.address, 4 * numbers, sink.address, None) is None
+        assert sink.read()[0] == 0
+
+    in_a_process(work)
 
 
 def test_no_token_is_no_work() -> None:

@@ -57,9 +57,8 @@ def test_sizes(layout):
         layout, arrays, (0, 70)
     )
     if layout in ("mma8", "sp8"):
-        assert (
-            reason(layout, arrays, (132105, 70)) == "K is 132105, with int8 values at most 132104"
-        )
+        found = reason(layout, arrays, (132105, 70))
+        assert found == "K is 132105, with int8 values at most 132104"
     short = replace(arrays, offsets=arrays.offsets[:-1])
     assert reason(layout, short) == "number of offsets: found 6, expected 7"
 

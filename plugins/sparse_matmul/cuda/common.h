@@ -42,13 +42,13 @@ inline int splits_for(int64_t strips, int64_t tiles_k, int warps, int64_t reside
   const int64_t most = (tiles_k + warps - 1) / warps, places = resident * processors;
   int64_t least = (4 * places + 5 * strips - 1) / (5 * strips), best = 1, best_cost = 0;
   least = least > most ? most : least;
-  if (least < 1) least = 1;
+  if (least <= 1) return 1;
   for (int64_t s = least; s <= 2 * least && s <= most; ++s) {
     const int64_t blocks = (strips * s + processors - 1) / processors;
     const int64_t tiles = (tiles_k + s * warps - 1) / (s * warps), cost = blocks * (2 * tiles + 1);
     if (s == least || cost < best_cost) best = s, best_cost = cost;
   }
-  return static_cast<int>(best < 1 ? 1 : best);
+  return static_cast<int>(best);
 }
 
 inline bool is_int8(const Weight& w) { return w.layout == Layout::mma8 || w.layout == Layout::sp8; }

@@ -35,9 +35,9 @@ struct Scratch {
   Plan plan;
 };
 
-Scratch scratch_of(const Weight& w, int64_t M) {
+Scratch scratch_of(const Weight& w, int64_t M, const Machine& machine) {
   Scratch s{};
-  s.plan = is_sparse24(w) ? plan_sparse24(w, M, machine()) : plan_decode(w, M, machine());
+  s.plan = is_sparse24(w) ? plan_sparse24(w, M, machine) : plan_decode(w, M, machine);
   s.stride = is_int8(w) ? (w.K + kTile - 1) / kTile * kTile : w.K;
   s.steps = is_int8(w) ? rounded(static_cast<size_t>(M * s.stride)) : 0;
   s.parts = s.steps + (is_int8(w) ? rounded(static_cast<size_t>(M) * sizeof(float)) : 0);
@@ -48,7 +48,7 @@ Scratch scratch_of(const Weight& w, int64_t M) {
 
 cudaError_t run_slab(const Weight& w, const void* x, int64_t M, void* y, unsigned char* workspace,
                      cudaStream_t stream) {
-  const Scratch s = scratch_of(w, M);
+  const Scratch s = scratch_of(w, M, machine());
   uint32_t* arrivals = s.plan.splits > 1 && M <= kFewTokens ? w.arrivals : nullptr;
   Call call{x, M, s.stride, nullptr, y, workspace + s.parts, arrivals};
   if (is_int8(w)) {
@@ -75,10 +75,16 @@ cudaError_t finish(const Weight& w, const Call& call, int splits, cudaStream_t s
 
 size_t workspace_bytes(const Weight& w, int64_t M) {
   if (M <= 0 || w.N <= 0) return 0;
-  // A last slab of few rows is cut into more splits, but is small.
-  const size_t whole = scratch_of(w, M < kMostRows ? M : kMostRows).end;
-  const size_t last = M > kMostRows && M % kMostRows ? scratch_of(w, M % kMostRows).end : 0;
-  return whole > last ? whole : last;
+  const Machine here = machine();
+  const int64_t most = M < kMostRows ? M : kMostRows;
+  size_t bytes = scratch_of(w, most, here).end;
+  // Fewer tokens (a last slab, or another call) may need more, since they are cut into more splits.
+  for (int64_t m = 8; m < most; m += m < 16 ? 8 : 16) {
+    const Scratch s = scratch_of(w, m, here);
+    bytes = s.end > bytes ? s.end : bytes;
+    if (m > 64 && s.plan.splits == 1) break;
+  }
+  return bytes;
 }
 
 cudaError_t run(const Weight& w, const void* x, int64_t M, void* y, void* workspace, cudaStream_t stream) {
