@@ -211,6 +211,7 @@ def program(text: str, folder: Path) -> Path:
     source, made = folder / "program.cc", folder / "program"
     source.write_text(text, "utf-8")
     sources = cuda_library.SOURCES
-    command = [compiler(), "-std=c++17", "-O1", f"-I{sources}", f"-I{sources / 'emulation'}"]
+    command = [compiler(), "-std=c++17", "-O1", "-U_FORTIFY_SOURCE"]
+    command += [f"-I{sources}", f"-I{sources / 'emulation'}"]
     subprocess.run([*command, "-o", str(made), str(source)], check=True)
     return made

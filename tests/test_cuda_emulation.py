@@ -116,6 +116,19 @@ def test_splits_that_are_added_by_the_last_block(layout: str) -> None:
     in_a_process(work, PROCESSORS="16")
 
 
+@pytest.mark.parametrize("k", [8, 1016, 2050, 8192, 8200, 9000])
+@pytest.mark.parametrize("x_scale", [None, 0.03])
+def test_codes_of_long_tokens(k: int, x_scale: float | None) -> None:
+    """Up to 8192 numbers are kept in registers, if they are a multiple of eight."""
+
+    def work() -> None:
+        for dtype in ("float16", "bfloat16"):
+            weight = random_weight((k, 5), 0.5, "mma8", dtype)
+            Case(weight, "mma8", dtype, x_scale=x_scale).run(3)
+
+    in_a_process(work)
+
+
 @pytest.mark.parametrize("layout", ["mma8", "sp8"])
 def test_a_static_scale_of_x(layout: str) -> None:
     """Numbers beyond it are clipped."""
