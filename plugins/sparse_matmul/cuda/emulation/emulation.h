@@ -8,6 +8,7 @@
 //     that what is read too early, or written over too early, shows;
 //   - the fibers run in several orders (OPTIMIZE_EMULATE_ORDER), so that a missing barrier shows: the first warp as far
 //     as it can, then the second and so on (up), from the last thread to the first (down), or all by turns (mixed);
+//     blocks run one after the other, in the same orders;
 //   - lanes that wait at different instructions, and waits without an end, stop the program.
 // Global memory is the caller's: tests put it between pages that may not be touched.
 #pragma once
@@ -24,6 +25,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -121,6 +123,15 @@ inline std::string setting(const char* name) {
   return value ? value : "";
 }
 
+// Threads of a block, or blocks of a grid.
+template <typename T>
+void put_in_order(std::vector<T>& order) {
+  static std::mt19937 random(1);
+  const std::string wanted = setting("OPTIMIZE_EMULATE_ORDER");
+  if (wanted == "down") std::reverse(order.begin(), order.end());
+  if (wanted == "mixed") std::shuffle(order.begin(), order.end(), random);
+}
+
 inline unsigned char* shared() { return block->shared; }
 
 // KiB of a multiprocessor; a block may have one less.
@@ -198,12 +209,9 @@ inline void run_block(const std::function<void()>& body, unsigned threads, size_
     order[i] = static_cast<int>(i);
     prepare(state.fibers[i].context, stacks[i].get());
   }
-  const std::string wanted = setting("OPTIMIZE_EMULATE_ORDER");
-  static std::mt19937 random(1);
-  if (wanted == "down") std::reverse(order.begin(), order.end());
-  if (wanted == "mixed") std::shuffle(order.begin(), order.end(), random);
+  put_in_order(order);
   // A part of them goes as far as it can before the next one: a warp, or all where warps are mixed.
-  const unsigned part = wanted == "mixed" ? threads : 32;
+  const unsigned part = setting("OPTIMIZE_EMULATE_ORDER") == "mixed" ? threads : 32;
   for (size_t left = threads; left > 0;) {
     bool any = false;
     for (unsigned first = 0; first < threads; first += part) {
@@ -234,12 +242,15 @@ int launch(dim3 grid, unsigned threads, size_t shared_bytes, F call) {
   const std::function<void()> body = call;
   gridDim = grid;
   blockDim = dim3(threads);
-  for (unsigned z = 0; z < grid.z; ++z)
-    for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) {
-        blockIdx = dim3(x, y, z);
-        run_block(body, threads, shared_bytes, stacks);
-      }
+  std::vector<size_t> order(static_cast<size_t>(grid.x) * grid.y * grid.z);
+  std::iota(order.begin(), order.end(), size_t{0});
+  put_in_order(order);
+  for (const size_t i : order) {
+    const size_t row = i / grid.x;
+    blockIdx = dim3(static_cast<unsigned>(i % grid.x), static_cast<unsigned>(row % grid.y),
+                    static_cast<unsigned>(row / grid.y));
+    run_block(body, threads, shared_bytes, stacks);
+  }
   return 0;
 }
 
