@@ -67,7 +67,8 @@ __device__ __forceinline__ void read_x(uint32_t (&words)[8], const Call& call, i
 }
 __device__ __forceinline__ void read_x(uint32_t (&words)[4], const Call& call, int64_t token, int64_t k) {
   uint4 v{0, 0, 0, 0};
-  if (token < call.M) v = __ldg(reinterpret_cast<const uint4*>(static_cast<const int8_t*>(call.x) + token * call.stride + k));
+  const int8_t* at = static_cast<const int8_t*>(call.x) + token * call.stride + k;
+  if (token < call.M) v = __ldg(reinterpret_cast<const uint4*>(at));
   words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
 }
 
@@ -109,13 +110,15 @@ __global__ void __launch_bounds__(kMostWarps * 32, 2) strip_products(Weight w, C
 
   Sum sums[4][kTokenTiles][4] = {};
   const int64_t first = begin + warp;
+  // All of these are on their way before the first is waited for.
   const Place first_place = place_of(first), second_place = place_of(first + warps);
-  Place next = second_place;
+  Place next = place_of(first + 2 * warps);
   uint4 bits = bits_of(first);
   fetch(first_place, 0);
   if (stages == 3) {
-    next = place_of(first + 2 * warps);
     fetch(second_place, 1);
+  } else {
+    next = second_place;
   }
   int stage = 0;
   for (int64_t kt = first; kt < end; kt += warps) {
