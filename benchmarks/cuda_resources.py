@@ -1,8 +1,9 @@
-"""Registers, spills and shared memory of every CUDA kernel on every architecture.
+"""Registers, spills and shared memory of every CUDA kernel, for every architecture: no GPU needed.
 
     python benchmarks/cuda_resources.py [--out FILE.json]
 
-Needs nvcc, no GPU. A kernel that spills registers to memory, or warns, is an error.
+Builds the kernels as a release does (CMake, warnings as errors) and keeps what ptxas says. Shared
+memory is what a kernel has beside the dynamic one, whose size the launch chooses.
 """
 
 from __future__ import annotations
@@ -10,83 +11,100 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
-HOME = Path(__file__).resolve().parent
-SOURCES = HOME.parent / "plugins" / "sparse_matmul" / "cuda"
-ARCHITECTURES = (80, 86, 87, 89, 90)
-_FLAGS = ("-O3", "-std=c++17", "-Werror", "all-warnings", "-Xptxas", "-v", "-lineinfo")
-_ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)'")
-_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
-_USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ROOT / "plugins" / "sparse_matmul" / "cuda"
+REPORT = ROOT / "benchmarks" / "results" / "cuda_resources.json"
+ARCHITECTURES = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90")
+#: As they are mangled in names.
+ARGUMENTS = {
+    "6__half": "half", "13__nv_bfloat16": "bfloat16", "a": "int8", "f": "float", "i": "int",
+}  # fmt: skip
+ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
 
 
-def demangled(names: list[str]) -> list[str]:
-    """Names as in the source, without arguments."""
-    tool = shutil.which("c++filt")
-    if tool is None:
-        return names
-    text = subprocess.run(
-        [tool], input="\n".join(names), capture_output=True, text=True, check=True
+def kernels() -> list[str]:
+    """Names of the kernels in the sources."""
+    found = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\(.*?\)\s+)?(\w+)\(", re.DOTALL)
+    return sorted(
+        {name for file in SOURCES.glob("*.cu") for name in found.findall(file.read_text())}
     )
-    plain = [re.sub(r"\(anonymous namespace\)::|optimize::sparse_matmul::cuda::|^void ", "", line)
-             for line in text.stdout.splitlines()]  # fmt: skip
-    return [line.split("(", 1)[0] for line in plain]
 
 
-def compile_for(source: Path, architecture: int, nvcc: str) -> list[dict[str, Any]]:
-    """One row per kernel.
+def readable(mangled: str) -> str:
+    """``name<arguments>`` of one of ``kernels``."""
+    for name in kernels():
+        match = re.search(rf"{len(name)}{name}(?:I(.*?)EEv|E)", mangled)
+        if match and match[1]:
+            parts = re.findall(rf"Li(\d+)E?|({'|'.join(ARGUMENTS)})", match[1])
+            return f"{name}<{', '.join(n or ARGUMENTS[t] for n, t in parts)}>"
+        if match:
+            return name
+    msg = f"{mangled} is no kernel of {SOURCES}: {kernels()}"
+    raise ValueError(msg)
+
+
+def build(folder: Path) -> str:
+    """What the build said.
 
     Raises:
-        RuntimeError: The source does not compile without warnings; with what the compiler says.
+        RuntimeError: It failed; with what it said.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, *_FLAGS, f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
-        command += ["-c", str(source), "-o", f"{folder}/kernel.o"]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode:
-        msg = f"{source.name} for sm_{architecture}:\n{run.stdout}{run.stderr}"
-        raise RuntimeError(msg)
-    rows: list[dict[str, Any]] = []
-    for line in (run.stdout + run.stderr).splitlines():
-        if entry := _ENTRY.search(line):
-            rows.append({"source": source.name, "architecture": architecture, "kernel": entry[1]})
-        elif spills := _SPILLS.search(line):
-            rows[-1]["spill_bytes"] = int(spills[1]) + int(spills[2])
-        elif used := _USED.search(line):
-            rows[-1] |= {"registers": int(used[1]), "static_smem": int(used[2] or 0)}
-    for row, name in zip(rows, demangled([row["kernel"] for row in rows]), strict=True):
-        row["kernel"] = name
-    return rows
+    configure = [
+        "cmake", "-S", str(ROOT / "plugins"), "-B", str(folder), "-DOPTIMIZE_CUDA=ON",
+        "-DOPTIMIZE_WERROR=ON", "-DCMAKE_CUDA_FLAGS=-Xptxas=-v",
+    ]  # fmt: skip
+    make = ["cmake", "--build", str(folder), "--parallel", "2", "--target", "optimize_cuda"]
+    said = ""
+    for command in (configure, make):
+        result = subprocess.run(command, check=False, capture_output=True, text=True)
+        said += result.stdout + result.stderr
+        if result.returncode:
+            msg = f"{' '.join(command)}\n{said}"
+            raise RuntimeError(msg)
+    return said
 
 
-def report(nvcc: str, architectures: tuple[int, ...] = ARCHITECTURES) -> list[dict[str, Any]]:
-    """Rows of all kernels."""
-    sources = sorted(path for path in SOURCES.glob("*.cu") if path.name != "c_api.cu")
-    return [row for s in sources for a in architectures for row in compile_for(s, a, nvcc)]
+def parse(said: str) -> dict[str, dict[str, dict[str, int]]]:
+    """{kernel: {architecture: its resources}}."""
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for match in ENTRY.finditer(said):
+        shared = re.search(r"(\d+) bytes smem", match["rest"])
+        found.setdefault(readable(match["name"]), {})[match["arch"]] = {
+            "registers": int(match["registers"]),
+            "spilled_bytes": int(match["stores"]) + int(match["loads"]),
+            "stack_bytes": int(match["stack"]),
+            "static_shared_bytes": int(shared[1]) if shared else 0,
+        }
+    return {name: dict(sorted(found[name].items())) for name in sorted(found)}
+
+
+def compiler() -> str:
+    """Release of nvcc, as ``13.0.88``."""
+    said = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
+    match = re.search(r"release [\d.]+, V([\d.]+)", said)
+    return match[1] if match else "unknown"
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=HOME / "results" / "cuda_resources.json")
+    parser.add_argument("--out", type=Path, default=REPORT)
     arguments = parser.parse_args()
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        raise SystemExit("cuda_resources: there is no nvcc on the PATH")
-    rows = report(nvcc)
-    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
-    facts = {"nvcc": version.stdout.strip().splitlines()[-1], "rows": rows}
-    arguments.out.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
-    for row in rows:
-        where = f"{row['kernel']}: sm_{row['architecture']}"
-        print(f"{where}, {row['registers']} registers, {row['spill_bytes']} bytes spilled")
-    if spilling := [row for row in rows if row["spill_bytes"]]:
-        raise SystemExit(f"cuda_resources: {len(spilling)} kernels spill")
+    with tempfile.TemporaryDirectory() as folder:
+        report: dict[str, Any] = {"nvcc": compiler(), "kernels": parse(build(Path(folder)))}
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    for name, of in report["kernels"].items():
+        print(f"{name:32}", *(f"{a} {r['registers']:4}" for a, r in of.items()))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ and engines TensorRT for RTX (``pip install optimize-onnx[tensorrt-rtx]``).
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
@@ -20,25 +19,12 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from optimizer.custom_ops.cuda_layout import pack_mma16
+from optimizer.custom_ops.cuda_layout import pack_cuda
 from optimizer.custom_ops.declaration import DOMAIN, OP_TYPE, declaration_hash
 
 ROOT = Path(__file__).resolve().parent.parent
 NVCC = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="there is no nvcc on the PATH")
-
-
-@pytest.mark.native
-@needs_nvcc
-def test_every_kernel_compiles_for_every_architecture_and_spills_nothing():
-    run = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "cuda_resources.py"), "--out", "/dev/stdout"],
-        capture_output=True, text=True, check=False, cwd=ROOT,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout + run.stderr
-    rows = json.loads(run.stdout[: run.stdout.rindex("}") + 1])["rows"]
-    assert {row["architecture"] for row in rows} == {80, 86, 87, 89, 90}
-    assert all(row["spill_bytes"] == 0 and row["registers"] <= 255 for row in rows)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +35,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plugin")
     configure = [
         "cmake", "-S", str(ROOT / "plugins"), "-B", str(folder), "-DOPTIMIZE_WERROR=ON",
-        "-DOPTIMIZE_CUDA=ON", "-DOPTIMIZE_CUDA_ARCHITECTURES=80-real",
+        "-DOPTIMIZE_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=80-real",
     ]  # fmt: skip
     if headers := os.environ.get("TENSORRT_INCLUDE_DIR"):
         configure.append(f"-DTENSORRT_INCLUDE_DIR={headers}")
@@ -122,7 +108,7 @@ def model(**changes: object) -> onnx.ModelProto:
     k, n = 200, 130
     weight = rng.standard_normal((k, n)).astype(np.float16)
     weight[rng.random((k, n)) < 0.7] = 0
-    packed = pack_mma16(weight)
+    packed = pack_cuda(weight, "mma16")
     arrays = {
         "bitmap": packed.bitmap,
         "values": packed.values,

@@ -63,18 +63,15 @@ LAYOUTS: dict[str, Layout] = {
         Layout("n64k1", (64, 64), (0, 1)),
         # groups of 16 columns by 4 rows: what one 64-byte instruction of int8 products takes
         Layout("n16k4", (16, 4, 16, 4), (0, 3, 1, 2), int8=True),
-        # unstructured: (nb, kb, h, g, t, e), k = 16 t + 4 kb + e, n = 16 nb + 8 h + g. A lane
-        # (g, t) of a warp takes groups e of four weights; those of all lanes for one (nb, kb, h)
-        # lie side by side
+        # positions [nb, kb, h, g, t, e] with k = 16 t + 4 kb + e and n = 16 nb + 8 h + g: lane
+        # 4 g + t of a warp has four bits of each group (nb, kb, h)
         Layout("mma16", (4, 4, 2, 8, 4, 4), (4, 1, 5, 0, 2, 3), device="cuda"),
-        # the same with int8 values: (nb, kb, u, v, g, t, e), k = 32 kb + 16 u + 4 t + e,
-        # n = 16 nb + 8 v + g
-        Layout("mma8", (4, 2, 2, 2, 8, 4, 4), (1, 2, 5, 6, 0, 3, 4), int8=True, device="cuda"),
-        # 2:4 along K: (kb, nb, u, v, g, t, e), k = 32 kb + 16 u + 4 t + e, n = 16 nb + 8 v + g; two
-        # of each group e are stored
-        Layout("sp16", (2, 4, 2, 2, 8, 4, 4), (0, 2, 5, 6, 1, 3, 4), device="cuda"),
+        Layout("mma8", (4, 4, 2, 8, 4, 4), (4, 1, 5, 0, 2, 3), int8=True, device="cuda"),
     )
 }
+#: Values and metadata of 2:4 sparsity along K instead of values and a bitmap: in the order of
+#: optimizer.custom_ops.cuda_layout, and without a body. A new order needs a new number.
+METADATA_LAYOUTS = {"sp16": 1, "sp8": 1}
 
 
 def declaration_hash() -> int:
@@ -87,6 +84,7 @@ def declaration_hash() -> int:
         "tile": TILE,
         "floor": FLOOR,
         "layouts": [[x.name, x.dims, x.perm, x.int8, x.device] for x in LAYOUTS.values()],
+        "metadata_layouts": METADATA_LAYOUTS,
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

@@ -11,7 +11,7 @@
 // The layout says which (k, n) of the tile a position is:
 //   n64k1    p = k * 64 + n                                          (float32, CPU)
 //   n16k4    p = (k / 4) * 256 + (n / 16) * 64 + (n % 16) * 4 + k % 4  (int8, CPU)
-// The layouts of CUDA are described in cuda/layout.h.
+// The layouts of CUDA are described in cuda/decode.cu and cuda/sparse24.cu.
 #pragma once
 
 #include <cstddef>

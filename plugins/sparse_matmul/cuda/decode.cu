@@ -1,153 +1,94 @@
 // Unstructured sparse weights times few tokens: the weights are read as they are stored, and multiplied densely by
-// tensor cores.
+// tensor cores. Y^T = W^T X^T: 16 columns of W are the rows of mma.m16n8k16 (or m16n8k32 for int8), 8 tokens its columns.
 //
-// Layout mma16: position p = ((((nb * 4 + kb) * 2 + h) * 8 + g) * 4 + t) * 4 + e of a 64 x 64 tile is the weight at
-// k = 16 t + 4 kb + e, n = 16 nb + 8 h + g. One product (nb, kb) of 16 columns by 16 rows takes, in lane (g, t), two
-// groups (h) of four weights: four bits of the bitmap, and the values that belong to them, which lie side by side. The
-// lanes of a warp read 128 such weights from one run of values, so that few of them meet in a bank of shared memory. Where
-// a group begins follows from a table of the 128 words of the tile's bitmap and the number of values before each.
-// The rows of W are taken in another order than in the instruction, and those of X^T in the same order: lane (g, t)
-// multiplies 16 neighbours of its token's x.
+// Layouts mma16 and mma8 have the same order of positions in a 64 x 64 tile: [nb 4][kb 4][h 2][g 8][t 4][e 4], that is
+// weight (k, n) with k = 16 t + 4 kb + e and n = 16 nb + 8 h + g. A group (nb, kb, h) is 128 bits, of which lane
+// 4 g + t has the nibble of its number, so that the values that a warp's lanes read at the same time lie side by side:
+// reads of shared memory meet few bank conflicts (tests/test_cuda_banks.py).
 //
-// Layout mma8 (int8): p = (((((nb * 2 + kb) * 2 + u) * 2 + v) * 8 + g) * 4 + t) * 4 + e is the weight at
-// k = 32 kb + 16 u + 4 t + e, n = 16 nb + 8 v + g: a group of four is one register of the operand, put together from two
-// words of values and one permutation of bytes.
-#include "decode.h"
+// The contraction index of an mma may be permuted, if A and B agree. Lane (g, t) holds of A the rows g and g + 8 and of
+// B the column g, in both for the k of its own: for mma.m16n8k16 the indices {2 t, 2 t + 1, 2 t + 8, 2 t + 9}, here
+// meaning k = 16 t + 4 kb + 0..3, for mma.m16n8k32 {4 t .. 4 t + 3, 4 t + 16 ..}, here meaning k = 16 t + 8 s + 0..7.
+// So a nibble is the half of a lane's row, and all that a lane needs of x are 16 neighbours of one token.
+#include "common.h"
 
 namespace optimize::sparse_matmul::cuda {
 namespace {
 
-constexpr int kStages = 2;
-constexpr int kTableBytes = 128 * 8;
-// Of one tile's values, and what a lane may read after the last one.
-template <typename Kind>
-constexpr int kStageBytes = kTile * kTile * Kind::kValueBytes + 16;
-template <typename Kind>
-constexpr int kWarpBytes = kStages * kStageBytes<Kind> + kTableBytes;
+constexpr int kTableBytes = 128 * 8;  // for each of a tile's 128 bitmap words {word, where its values begin}
+constexpr int kMostWarps = 8;
 
-__device__ __forceinline__ int count(uint4 bits) { return __popc(bits.x) + __popc(bits.y) + __popc(bits.z) + __popc(bits.w); }
+// Four weights {e 0, 1}, {e 2, 3} of 16 bits, whose stored ones begin at `at` of shared memory. Bit e of the nibble is
+// spread to byte e. Weight e's value lies behind those of the bits below it (a dot product with 2, 2, .. counts their
+// bytes). A loaded value has zeros in its upper half: the selector takes these (bytes 2, 3 or 6, 7), less 0x22 where
+// the bit is set, which takes the value.
+__device__ __forceinline__ uint2 four(__half, uint32_t at, uint32_t nibble) {
+  const uint32_t spread = nibble * 0x00204081u & 0x01010101u;
+  const uint32_t v0 = load_shared16(at);
+  const uint32_t v1 = load_shared16(__dp4a(spread, 0x00000002u, at));
+  const uint32_t v2 = load_shared16(__dp4a(spread, 0x00000202u, at));
+  const uint32_t v3 = load_shared16(__dp4a(spread, 0x00020202u, at));
+  const uint32_t select = 0x76327632u - 0x22u * spread;
+  return uint2{permute(v0, v1, select), permute(v2, v3, select >> 16)};
+}
+__device__ __forceinline__ uint2 four(__nv_bfloat16, uint32_t at, uint32_t nibble) {
+  return four(__half(), at, nibble);
+}
 
-// 16 neighbours of x from a multiple of 16 on; zero outside of it.
-__device__ __forceinline__ void sixteen_of(const uint16_t* x, int64_t row, int64_t k, int64_t rows, int64_t K,
-                                           uint32_t* out) {
-  if (row < rows && K % 8 == 0 && k + 16 <= K) {
-    const uint4* at = reinterpret_cast<const uint4*>(x + row * K + k);
-    const uint4 low = __ldg(at), high = __ldg(at + 1);
-    out[0] = low.x, out[1] = low.y, out[2] = low.z, out[3] = low.w;
-    out[4] = high.x, out[5] = high.y, out[6] = high.z, out[7] = high.w;
+// Four weights of 8 bits, in one register: the four bytes from `at` on are cut out of two words. Bit e is spread to
+// nibble e of the selector, which is the number of bits below it, plus 4 (a byte of zero) where the bit is not set.
+__device__ __forceinline__ uint32_t four(int8_t, uint32_t at, uint32_t nibble) {
+  const uint32_t word = at & ~3u;
+  const uint32_t bytes = __funnelshift_r(load_shared32(word), load_shared32(word + 4), at << 3);
+  const uint32_t pairs = nibble * 0x41u & 0x303u;
+  const uint32_t spread = pairs * 9u & 0x1111u;
+  return permute(bytes, 0, 0x4444u + spread * (0x1110u - 4u));
+}
+
+// What lane (g, t) needs of a token for a tile: 16 numbers from k on, zero outside of x.
+__device__ __forceinline__ void read_x(uint32_t (&words)[8], const Call& call, int64_t token, int64_t k) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) words[i] = 0;
+  if (token >= call.M) return;
+  const uint16_t* at = static_cast<const uint16_t*>(call.x) + token * call.stride + k;
+  if (call.stride % 8 == 0) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (k + half * 8 >= call.stride) continue;
+      const uint4 v = __ldg(reinterpret_cast<const uint4*>(at) + half);
+      words[half * 4] = v.x, words[half * 4 + 1] = v.y, words[half * 4 + 2] = v.z, words[half * 4 + 3] = v.w;
+    }
     return;
   }
 #pragma unroll
-  for (int i = 0; i < 8; ++i) out[i] = two_of(x, row, k + 2 * i, rows, K);
+  for (int i = 0; i < 16; ++i) {
+    if (k + i < call.stride) words[i / 2] |= static_cast<uint32_t>(__ldg(at + i)) << (i % 2 * 16);
+  }
+}
+__device__ __forceinline__ void read_x(uint32_t (&words)[4], const Call& call, int64_t token, int64_t k) {
+  uint4 v{0, 0, 0, 0};
+  const int8_t* at = static_cast<const int8_t*>(call.x) + token * call.stride + k;
+  if (token < call.M) v = __ldg(reinterpret_cast<const uint4*>(at));
+  words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
 }
 
-// Of the groups of a warp's lanes: the bits of a group, and the place of its first value among the tile's.
-struct Groups {
-  const uint2* entries;  // of the table, from the lane's own on
-  int shift;
-
-  struct Group {
-    uint32_t nibble, first;
-  };
-  __device__ __forceinline__ Group at(int group) const {
-    const uint2 entry = entries[group * 4];
-    return {entry.x >> shift & 15, entry.y + __popc(entry.x & ((1u << shift) - 1))};
-  }
-};
-
-// Bit e of a nibble in byte e, and the number of set bits before it.
-__device__ __forceinline__ uint32_t spread_bits(uint32_t nibble) { return nibble * 0x00204081u & 0x01010101u; }
-__device__ __forceinline__ uint32_t bits_before(uint32_t bits) { return bits * 0x01010100u; }
-
-// 16-bit values in float sums.
-template <typename T>
-struct Floats {
-  using X = uint16_t;
-  using Sum = float;
-  static constexpr int kValueBytes = 2, kWords = 8;  // words of x of one lane, token and tile
-
-  static __device__ __forceinline__ void load_x(const X* x, int64_t token, int64_t k, int t, int64_t M, int64_t K,
-                                                uint32_t* b) {
-    sixteen_of(x, token, k + 16 * t, M, K, b);
-  }
-
-  // The four weights of a group as two registers.
-  static __device__ __forceinline__ void four_of(Groups::Group group, const X* values, uint32_t* low, uint32_t* high) {
-    const X* run = values + group.first;
-    const uint32_t bits = spread_bits(group.nibble), before = bits_before(bits);
-    const uint32_t v0 = run[0], v1 = run[before >> 8 & 0xff], v2 = run[before >> 16 & 0xff], v3 = run[before >> 24];
-    // Halves that are not stored come from the upper half of what was read, which is zero.
-    *low = __byte_perm(v0, v1, 0x7632u - 0x0022u * (bits & 1) - 0x2200u * (bits >> 8 & 1));
-    *high = __byte_perm(v2, v3, 0x7632u - 0x0022u * (bits >> 16 & 1) - 0x2200u * (bits >> 24));
-  }
-
-  template <int kTokenTiles>
-  static __device__ __forceinline__ void products(int nb, Groups groups, const unsigned char* values,
-                                                  const uint32_t (&b)[kTokenTiles][kWords],
-                                                  Sum (&sums)[kTokenTiles][4]) {
-#pragma unroll
-    for (int kb = 0; kb < 4; ++kb) {
-      uint32_t a[4];
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        four_of(groups.at((nb * 4 + kb) * 2 + h), reinterpret_cast<const X*>(values), &a[h], &a[2 + h]);
-#pragma unroll
-      for (int i = 0; i < kTokenTiles; ++i) multiply(T{}, sums[i], a, b[i] + 2 * kb);
-    }
-  }
-};
-
-// int8 values in int32 sums; x as codes, rows of K rounded up to 64.
-struct Integers {
-  using X = int8_t;
-  using Sum = int32_t;
-  static constexpr int kValueBytes = 1, kWords = 4;
-
-  static __device__ __forceinline__ void load_x(const X* x, int64_t token, int64_t k, int t, int64_t M, int64_t K,
-                                                uint32_t* b) {
-    const int64_t row = (K + kTile - 1) / kTile * kTile;
-    const uint32_t* at = reinterpret_cast<const uint32_t*>(x + token * row + k) + t;
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) b[i] = token < M ? __ldg(at + 4 * i) : 0;  // 32 kb + 16 u, i = 2 kb + u
-  }
-
-  static __device__ __forceinline__ uint32_t four_of(Groups::Group group, const unsigned char* values) {
-    const uint32_t* words = reinterpret_cast<const uint32_t*>(values) + group.first / 4;
-    const uint32_t run = __funnelshift_r(words[0], words[1], group.first % 4 * 8);
-    const uint32_t bits = spread_bits(group.nibble), before = bits_before(bits);
-    // What byte e takes: the value of that number, or one of the bytes 4 to 7, which are zero. Four bits each, from bytes.
-    const uint32_t from = before | (0x04040404u & ~(bits * 0xffu));
-    return __byte_perm(run, 0, __byte_perm(from | from >> 4, 0, 0x4420u));
-  }
-
-  template <int kTokenTiles>
-  static __device__ __forceinline__ void products(int nb, Groups groups, const unsigned char* values,
-                                                  const uint32_t (&b)[kTokenTiles][kWords],
-                                                  Sum (&sums)[kTokenTiles][4]) {
-#pragma unroll
-    for (int kb = 0; kb < 2; ++kb) {
-      uint32_t a[4];
-#pragma unroll
-      for (int r = 0; r < 4; ++r) a[r] = four_of(groups.at((nb * 2 + kb) * 4 + r), values);
-#pragma unroll
-      for (int i = 0; i < kTokenTiles; ++i) multiply_int8(sums[i], a, b[i] + 2 * kb);
-    }
-  }
-};
-
-template <typename Kind, int kTokenTiles>
-__global__ void __launch_bounds__(kWarps * 32)
-    unstructured(Weight w, const typename Kind::X* x, int64_t M, typename Kind::Sum* parts) {
+// One block: one strip of 64 columns, one share of the tiles along K (blockIdx.y), up to 16 tokens (blockIdx.z). Its
+// warps take turns at the tiles, each with `stages` places for the values of tiles on their way.
+template <typename T, int kTokenTiles>
+__global__ void __launch_bounds__(kMostWarps * 32, 2) strip_products(Weight w, Call call, int stages, int stage_bytes) {
   OPTIMIZE_SHARED(memory);
-  constexpr int kBytes = Kind::kValueBytes, kStage = kStageBytes<Kind>;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int64_t tiles_k = (w.K + kTile - 1) / kTile, strip = blockIdx.x, first_token = blockIdx.z * int64_t{kMostTokens};
+  using Sum = SumOf<T>;
+  constexpr int kBytes = std::is_same_v<T, int8_t> ? 1 : 2;  // of a value
+  constexpr int kSteps = 4 / (3 - kBytes);                   // mma instructions along the 64 k of a tile
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int64_t tiles_k = (w.K + kTile - 1) / kTile, strip = blockIdx.x;
+  const int64_t first_token = blockIdx.z * int64_t{kFewTokens};
   const int64_t begin = tiles_k * blockIdx.y / gridDim.y, end = tiles_k * (blockIdx.y + 1) / gridDim.y;
-  unsigned char* stages = memory + warp * kWarpBytes<Kind>;
-  uint4* table = reinterpret_cast<uint4*>(stages + kStages * kStage);  // two entries {word, values before it} each
-  const Groups groups{reinterpret_cast<const uint2*>(table) + g / 2, g % 2 * 16 + t * 4};
+  const int own = warp * (kTableBytes + stages * stage_bytes), ring = own + kTableBytes;
+  const uint2* table = reinterpret_cast<const uint2*>(memory + own) + lane / 8;
+  const unsigned char* values = static_cast<const unsigned char*>(w.values);
 
-  // What says where a tile's values are is read two tiles ahead, and the values one tile ahead.
+  // What says where a tile's values are is read a tile before them, they `stages` - 1 tiles before their turn.
   struct Place {
     int from, to;
   };
@@ -160,110 +101,150 @@ __global__ void __launch_bounds__(kWarps * 32)
     return kt < end ? __ldg(at) : uint4{0, 0, 0, 0};
   };
   const auto fetch = [&](Place place, int stage) {
-    const unsigned char* source = static_cast<const unsigned char*>(w.values) + int64_t{place.from} * kBytes;
+    const unsigned char* source = values + int64_t{place.from} * kBytes;
+    unsigned char* target = memory + ring + stage * stage_bytes;
     const int bytes = (place.to - place.from) * kBytes;
-    for (int i = lane * 16; i < bytes; i += 512) copy_async(stages + stage * kStage + i, source + i);
+    for (int i = lane * 16; i < bytes; i += 512) copy_async(target + i, source + i);
     commit_copies();
   };
 
-  typename Kind::Sum sums[4][kTokenTiles][4] = {};
-  uint4 bits = bits_of(begin + warp);
-  Place next = place_of(begin + warp + kWarps);
-  fetch(place_of(begin + warp), 0);
+  Sum sums[4][kTokenTiles][4] = {};
+  const int64_t first = begin + warp;
+  // All of these are on their way before the first is waited for.
+  const Place first_place = place_of(first), second_place = place_of(first + warps);
+  Place next = place_of(first + 2 * warps);
+  uint4 bits = bits_of(first);
+  fetch(first_place, 0);
+  if (stages == 3) {
+    fetch(second_place, 1);
+  } else {
+    next = second_place;
+  }
   int stage = 0;
-  for (int64_t kt = begin + warp; kt < end; kt += kWarps, stage ^= 1) {
-    fetch(next, stage ^ 1);
-    next = place_of(kt + 2 * kWarps);
-    const uint4 later = bits_of(kt + kWarps);
-    uint32_t b[kTokenTiles][Kind::kWords];
+  for (int64_t kt = first; kt < end; kt += warps) {
+    uint32_t x[kTokenTiles][kSteps * 2];
 #pragma unroll
-    for (int i = 0; i < kTokenTiles; ++i) Kind::load_x(x, first_token + i * 8 + g, kt * kTile, t, M, w.K, b[i]);
-    const int own = count(bits);
-    int start = own;  // inclusive sum over the lanes up to this one
-    for (int d = 1; d < 32; d *= 2) {
-      const int other = __shfl_up_sync(0xffffffffu, start, d);
-      if (lane >= d) start += other;
+    for (int i = 0; i < kTokenTiles; ++i) read_x(x[i], call, first_token + i * 8 + g, kt * kTile + t * 16);
+    fetch(next, stage == 0 ? stages - 1 : stage - 1);
+    next = place_of(kt + stages * warps);
+    const uint4 later = bits_of(kt + warps);
+    {
+      const int count0 = __popc(bits.x), count1 = count0 + __popc(bits.y), count2 = count1 + __popc(bits.z);
+      const int count = count2 + __popc(bits.w);
+      int start = count;  // inclusive sum over the lanes up to this one
+      for (int d = 1; d < 32; d *= 2) {
+        const int other = __shfl_up_sync(0xffffffffu, start, d);
+        if (lane >= d) start += other;
+      }
+      const uint32_t at = shared_address(memory) + ring + stage * stage_bytes + (start - count) * kBytes;
+      uint4* entries = reinterpret_cast<uint4*>(memory + own) + lane * 2;
+      entries[0] = uint4{bits.x, at, bits.y, at + count0 * kBytes};
+      entries[1] = uint4{bits.z, at + count1 * kBytes, bits.w, at + count2 * kBytes};
     }
-    const uint32_t first = static_cast<uint32_t>(start - own), second = first + __popc(bits.x),
-                   third = second + __popc(bits.y), fourth = third + __popc(bits.z);
-    table[lane * 2] = uint4{bits.x, first, bits.y, second};
-    table[lane * 2 + 1] = uint4{bits.z, third, bits.w, fourth};
-    wait_copies<1>();
+    if (stages == 3) {
+      wait_copies<2>();
+    } else {
+      wait_copies<1>();
+    }
     __syncwarp();
+    const int shift = lane % 8 * 4;
+    const uint32_t below = (1u << shift) - 1;
 #pragma unroll
-    for (int nb = 0; nb < 4; ++nb) Kind::template products<kTokenTiles>(nb, groups, stages + stage * kStage, b, sums[nb]);
+    for (int nb = 0; nb < 4; ++nb) {
+      uint2 entries[8];  // all at once, since each is waited for
+#pragma unroll
+      for (int i = 0; i < 8; ++i) entries[i] = table[(nb * 8 + i) * 4];
+      const auto weights = [&](int i) {
+        const uint32_t at = entries[i].y + __popc(entries[i].x & below) * kBytes;
+        return four(T(), at, entries[i].x >> shift & 15);
+      };
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+        uint32_t a[4];
+        if constexpr (kBytes == 2) {
+          const uint2 upper = weights(s * 2), lower = weights(s * 2 + 1);
+          a[0] = upper.x, a[1] = lower.x, a[2] = upper.y, a[3] = lower.y;
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) a[i] = weights(s * 4 + i);
+        }
+#pragma unroll
+        for (int i = 0; i < kTokenTiles; ++i) {
+          const uint32_t b[2] = {x[i][2 * s], x[i][2 * s + 1]};
+          multiply(T(), sums[nb][i], a, b);
+        }
+      }
+    }
     __syncwarp();
     bits = later;
+    stage = stage + 1 == stages ? 0 : stage + 1;
   }
   wait_copies<0>();
-  write_sums<kTokenTiles>(sums, memory, strip, first_token, M, w.N, parts);
-}
-
-constexpr int kBlocksPerProcessor = 3;  // as shared memory allows
-
-template <typename T, typename Kind>
-cudaError_t run_as(const Weight& w, const typename Kind::X* x, int64_t M, void* y, void* parts, const float* steps,
-                   cudaStream_t stream) {
-  constexpr int kSums = kWarps * kMostTokens * kTile * 4, kStaged = kWarps * kWarpBytes<Kind>;
-  const auto kernel = M <= 8 ? unstructured<Kind, 1> : unstructured<Kind, 2>;
-  return launch_strips<T>(kernel, kStaged < kSums ? kSums : kStaged, decode_splits(w, M), w, x, M, y,
-                          static_cast<typename Kind::Sum*>(parts), steps, stream);
-}
-
-constexpr int kQuantizeThreads = 128;
-
-// One block per token: the largest number, then codes of it and zeros up to the next multiple of 64.
-template <typename T>
-__global__ void quantize_token(Weight w, const T* x, int8_t* codes, float* steps) {
-  OPTIMIZE_SHARED(memory);
-  float* largest = reinterpret_cast<float*>(memory);  // [kQuantizeThreads]
-  const int64_t token = blockIdx.x, row = (w.K + kTile - 1) / kTile * kTile;
-  const T* from = x + token * w.K;
-  const int own = static_cast<int>(threadIdx.x);
-  float top = 0;
-  for (int64_t k = own; k < w.K; k += kQuantizeThreads) top = fmaxf(top, fabsf(static_cast<float>(from[k])));
-  largest[own] = top;
   __syncthreads();
-  for (int half = kQuantizeThreads / 2; half > 0; half /= 2) {
-    if (own < half) largest[own] = fmaxf(largest[own], largest[own + half]);
-    __syncthreads();
+  // Sums of the block's warps, in the order of the warps.
+  Sum* shared = reinterpret_cast<Sum*>(memory);  // [warps][kTokenTiles * 8][64]
+#pragma unroll
+  for (int nb = 0; nb < 4; ++nb)
+#pragma unroll
+    for (int i = 0; i < kTokenTiles; ++i)
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int n = nb * 16 + g + r / 2 * 8, token = i * 8 + 2 * t + r % 2;
+        shared[(warp * kTokenTiles * 8 + token) * kTile + n] = sums[nb][i][r];
+      }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kTokenTiles * 8 * kTile; i += blockDim.x) {
+    const int64_t token = first_token + i / kTile, column = strip * kTile + i % kTile;
+    if (token >= call.M || column >= w.N) continue;
+    Sum sum = 0;
+    for (int v = 0; v < warps; ++v) sum += shared[v * kTokenTiles * 8 * kTile + i];
+    deliver(w, call, blockIdx.y, gridDim.y, token, column, sum);
   }
-  const float step = w.x_scale ? *w.x_scale : fmaxf(largest[0], 1e-12f) / 127.0f, inverse = 1.0f / step;
-  for (int64_t k = own; k < row; k += kQuantizeThreads) {
-    const float v = k < w.K ? rintf(static_cast<float>(from[k]) * inverse) : 0.0f;
-    codes[token * row + k] = static_cast<int8_t>(fminf(fmaxf(v, -128.0f), 127.0f));
-  }
-  if (own == 0) steps[token] = step;
+  if (call.arrivals) finish_if_last<Sum>(w, call, memory, strip, gridDim.y);
 }
 
 template <typename T>
-cudaError_t quantize_as(const Weight& w, const void* x, int64_t M, int8_t* codes, float* steps, cudaStream_t stream) {
-  const T* from = static_cast<const T*>(x);
-  const auto kernel = quantize_token<T>;
-  const dim3 grid(static_cast<unsigned>(M));
-  OPTIMIZE_LAUNCH(kernel, grid, dim3(kQuantizeThreads), size_t{kQuantizeThreads} * 4, stream, w, from, codes, steps);
-  return cudaGetLastError();
+cudaError_t run_as(const Weight& w, const Call& call, const Plan& plan, cudaStream_t stream) {
+  const auto kernel = call.M <= 8 ? strip_products<T, 1> : strip_products<T, 2>;
+  return launch(kernel, plan.grid, plan.threads, plan.shared_bytes, stream, w, call, plan.stages, plan.stage_bytes);
 }
 
 }  // namespace
 
-int decode_splits(const Weight& w, int64_t M) { return splits_of(w, M, kBlocksPerProcessor); }
-
-cudaError_t decode_mma16(const Weight& w, const void* x, int64_t M, void* y, void* parts, cudaStream_t stream) {
-  const uint16_t* from = static_cast<const uint16_t*>(x);
-  return w.type == Type::f16 ? run_as<__half, Floats<__half>>(w, from, M, y, parts, nullptr, stream)
-                             : run_as<__nv_bfloat16, Floats<__nv_bfloat16>>(w, from, M, y, parts, nullptr, stream);
+Plan plan_decode(const Weight& w, int64_t M, const Machine& machine) {
+  const int value_bytes = is_int8(w) ? 1 : 2, token_tiles = M <= 8 ? 1 : 2;
+  const int most = w.most_values > 0 && w.most_values < kTile * kTile ? w.most_values : kTile * kTile;
+  Plan plan{};
+  // Four weights are read from where the first of them may be stored: up to 8 bytes behind the last value.
+  plan.stage_bytes = (most * value_bytes + 15) / 16 * 16 + 16;
+  const auto bytes = [&](int warps, int stages) {
+    const int sums = warps * token_tiles * 8 * kTile * 4, tiles = warps * (kTableBytes + stages * plan.stage_bytes);
+    return sums > tiles ? sums : tiles;
+  };
+  // The most that still lets two blocks be on a multiprocessor (each costs it 1 KiB more), or else what fits.
+  const int limit = machine.shared_processor / 2 - 1024;
+  int warps = 4;
+  plan.stages = 2;
+  for (const auto& [some_warps, some_stages] : {std::pair{8, 3}, std::pair{8, 2}, std::pair{4, 3}}) {
+    if (bytes(some_warps, some_stages) <= limit && bytes(some_warps, some_stages) <= machine.shared_block) {
+      warps = some_warps, plan.stages = some_stages;
+      break;
+    }
+  }
+  plan.threads = warps * 32;
+  plan.shared_bytes = bytes(warps, plan.stages);
+  const int64_t strips = (w.N + kTile - 1) / kTile, chunks = (M + kFewTokens - 1) / kFewTokens;
+  const int64_t tiles_k = (w.K + kTile - 1) / kTile;
+  int64_t resident = machine.shared_processor / (plan.shared_bytes + 1024);
+  resident = resident < 1 ? 1 : resident > 16 / warps ? 16 / warps : resident;  // registers: 16 warps
+  plan.splits = splits_for(strips * chunks, tiles_k, warps, resident, machine.processors);
+  plan.grid = dim3(static_cast<unsigned>(strips), static_cast<unsigned>(plan.splits), static_cast<unsigned>(chunks));
+  return plan;
 }
 
-cudaError_t decode_mma8(const Weight& w, const int8_t* codes, const float* steps, int64_t M, void* y, void* parts,
-                        cudaStream_t stream) {
-  return w.type == Type::f16 ? run_as<__half, Integers>(w, codes, M, y, parts, steps, stream)
-                             : run_as<__nv_bfloat16, Integers>(w, codes, M, y, parts, steps, stream);
-}
-
-cudaError_t quantize(const Weight& w, const void* x, int64_t M, int8_t* codes, float* steps, cudaStream_t stream) {
-  return w.type == Type::f16 ? quantize_as<__half>(w, x, M, codes, steps, stream)
-                             : quantize_as<__nv_bfloat16>(w, x, M, codes, steps, stream);
+cudaError_t run_decode(const Weight& w, const Call& call, const Plan& plan, cudaStream_t stream) {
+  if (is_int8(w)) return run_as<int8_t>(w, call, plan, stream);
+  return w.type == Type::f16 ? run_as<__half>(w, call, plan, stream) : run_as<__nv_bfloat16>(w, call, plan, stream);
 }
 
 }  // namespace optimize::sparse_matmul::cuda

@@ -1,148 +1,141 @@
-// What the kernels take from the hardware, as functions: asynchronous copies and tensor-core products. Compiled by
-// another compiler than nvcc, with emulation/ on the include path, the same kernels run on the CPU, where these functions
-// follow the tables of fragments in NVIDIA's PTX ISA ("Matrix Fragments for mma.m16n8k16", "Sparse Matrix Fragments for
-// mma.m16n8k32"): a lane has g = lane / 4 and t = lane % 4, and
-//   A 16 x 16   register 2 u + v holds rows g + 8 v, columns 8 u + 2 t and the next one (of the stored ones, if sparse)
-//   B 16 x 8    register u holds rows 8 u + 2 t and the next one, column g
-//   D 16 x 8    element 2 v + e is at row g + 8 v, column 2 t + e
-//   int8 A 16 x 32, B 32 x 8   register 2 u + v of A holds row g + 8 v, columns 16 u + 4 t and the next three; register u of
-//               B rows 16 u + 4 t and the next three, column g ("mma.m16n8k32")
-//   metadata    lanes with t < 2: bits 16 v + 4 q + 2 e are the place, within its group of four, of stored element e of
-//               group 4 t + q of row g + 8 v (selector 0)
+// What CUDA C++ cannot say: instructions of PTX, and the launch of a kernel. Everything here exists twice, as inline
+// assembly under nvcc and as a call into emulation/ elsewhere; the kernels themselves are the same source in both.
 #pragma once
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include <cstdint>
 
-#ifndef __CUDACC__
-#include "emulation.h"
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#ifdef __CUDACC__
+#define OPTIMIZE_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#else
+#define OPTIMIZE_SHARED(name) unsigned char* name = emulation::shared()
 #endif
 
 namespace optimize::sparse_matmul::cuda {
-namespace {
 
 #ifdef __CUDACC__
 
-#define OPTIMIZE_LAUNCH(kernel, grid, block, bytes, stream, ...) kernel<<<grid, block, bytes, stream>>>(__VA_ARGS__)
-#define OPTIMIZE_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
-
-// 16 bytes from global to shared memory, both aligned to 16; zeros where `valid` is false.
-__device__ __forceinline__ void copy_async(void* to, const void* from, bool valid = true) {
-  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(valid ? 16 : 0));
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared_bytes, cudaStream_t stream,
+                   Arguments... arguments) {
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<grid, threads, shared_bytes, stream>>>(arguments...);
+  return cudaGetLastError();
 }
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
-// Until all but the last kLeft groups of this thread's copies are there.
+
+// Shared memory by its own addresses, which are numbers of 32 bits.
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+__device__ __forceinline__ uint32_t load_shared16(uint32_t address) {
+  uint16_t value;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(address));
+  return value;
+}
+__device__ __forceinline__ uint32_t load_shared32(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address));
+  return value;
+}
+
+// cp.async: 16 bytes from global to shared memory, both aligned to 16; zeros where not `valid`.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool valid = true) {
+  const uint32_t address = shared_address(to);
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until all but the last kLeft groups of this thread have arrived.
 template <int kLeft>
 __device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft));
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
-#define OPTIMIZE_MMA(type, name)                                                                                     \
-  __device__ __forceinline__ void multiply(type, float* d, const uint32_t* a, const uint32_t* b) {                   \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},"  \
-                 "{%0,%1,%2,%3};"                                                                                    \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                    \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                \
-  }                                                                                                                  \
-  __device__ __forceinline__ void multiply_sparse(type, float* d, const uint32_t* a, const uint32_t* b,              \
-                                                  uint32_t metadata) {                                               \
-    asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." name "." name ".f32 {%0,%1,%2,%3},"   \
-                 "{%4,%5,%6,%7},{%8,%9,%10,%11},{%0,%1,%2,%3},%12,0x0;"                                              \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                    \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),           \
-                   "r"(metadata));                                                                                   \
+// Byte i of the result is the byte of {high, low} that nibble i of `select` names (0..7, 0 is the lowest of low).
+__device__ __forceinline__ uint32_t permute(uint32_t low, uint32_t high, uint32_t select) {
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(select));
+  return result;
+}
+
+// ldmatrix.x4: lane l names row l % 8 (16 bytes of shared memory) of matrix l / 8; it gets bytes 4 (l % 4) ..+3 of row
+// l / 4 of each of the four.
+__device__ __forceinline__ void load_matrices(uint32_t (&result)[4], const void* row) {
+  const uint32_t address = shared_address(row);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
+               : "r"(address)
+               : "memory");
+}
+
+#define OPTIMIZE_MMA(type, sum, letter, instruction)                                                          \
+  __device__ __forceinline__ void multiply(type, sum (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { \
+    asm volatile(instruction " {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"                            \
+                 : "+" letter(d[0]), "+" letter(d[1]), "+" letter(d[2]), "+" letter(d[3])                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                         \
   }
-// D += A B, of 16 x 16 by 16 x 8, and the same with a 2:4 sparse A of 16 x 32 by 32 x 8.
-OPTIMIZE_MMA(__half, "f16")
-OPTIMIZE_MMA(__nv_bfloat16, "bf16")
+OPTIMIZE_MMA(__half, float, "f", "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32")
+OPTIMIZE_MMA(__nv_bfloat16, float, "f", "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32")
+OPTIMIZE_MMA(int8_t, int32_t, "r", "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32")
 #undef OPTIMIZE_MMA
 
-// D += A B of int8, 16 x 32 by 32 x 8.
-__device__ __forceinline__ void multiply_int8(int32_t* d, const uint32_t* a, const uint32_t* b) {
-  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-               : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
+// Since PTX 8.5 metadata in ascending order (ours is) is said to be so; plain .sp is slow on later GPUs.
+#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 5)
+#define OPTIMIZE_SP "mma.sp::ordered_metadata.sync.aligned."
 #else
+#define OPTIMIZE_SP "mma.sp.sync.aligned."
+#endif
+#define OPTIMIZE_MMA_SP(type, sum, letter, instruction)                                                              \
+  template <int kSelector>                                                                                           \
+  __device__ __forceinline__ void multiply_sparse(type, sum (&d)[4], const uint4& a, const uint32_t (&b)[4],         \
+                                                  uint32_t metadata) {                                               \
+    asm volatile(OPTIMIZE_SP instruction                                                                             \
+                 " {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9,%10,%11},{%0,%1,%2,%3},%12,%13;"                               \
+                 : "+" letter(d[0]), "+" letter(d[1]), "+" letter(d[2]), "+" letter(d[3])                            \
+                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),               \
+                   "r"(metadata), "n"(kSelector));                                                                   \
+  }
+OPTIMIZE_MMA_SP(__half, float, "f", "m16n8k32.row.col.f32.f16.f16.f32")
+OPTIMIZE_MMA_SP(__nv_bfloat16, float, "f", "m16n8k32.row.col.f32.bf16.bf16.f32")
+OPTIMIZE_MMA_SP(int8_t, int32_t, "r", "m16n8k64.row.col.s32.s8.s8.s32")
+#undef OPTIMIZE_MMA_SP
+#undef OPTIMIZE_SP
 
-#define OPTIMIZE_LAUNCH(kernel, grid, block, bytes, stream, ...) \
-  (static_cast<void>(stream), emulation::launch(grid, block, bytes, [=] { kernel(__VA_ARGS__); }))
-#define OPTIMIZE_SHARED(name) unsigned char* const name = emulation::shared_memory()
+#else  // emulated
 
-inline void copy_async(void* to, const void* from, bool valid = true) { emulation::copy_later(to, valid ? from : nullptr); }
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared_bytes, cudaStream_t,
+                   Arguments... arguments) {
+  return emulation::launch(grid, threads, shared_bytes, [=] { kernel(arguments...); });
+}
+inline uint32_t shared_address(const void* pointer) { return emulation::shared_address(pointer); }
+inline uint32_t load_shared16(uint32_t address) { return emulation::load_shared<uint16_t>(address); }
+inline uint32_t load_shared32(uint32_t address) { return emulation::load_shared<uint32_t>(address); }
+inline void copy_async(void* to, const void* from, bool valid = true) { emulation::copy_async(to, from, valid); }
 inline void commit_copies() { emulation::commit_copies(); }
 template <int kLeft>
 void wait_copies() {
   emulation::wait_copies(kLeft);
 }
-
-struct Registers {
-  uint32_t a[4], b[4], metadata;
-};
-
-template <typename T>
-float element(uint32_t word, int64_t half) {
-  T value;
-  value.bits = static_cast<uint16_t>(word >> (16 * half));
-  return static_cast<float>(value);
+inline uint32_t permute(uint32_t low, uint32_t high, uint32_t select) { return emulation::permute(low, high, select); }
+inline void load_matrices(uint32_t (&result)[4], const void* row) { emulation::load_matrices(result, row); }
+template <typename T, typename Sum>
+void multiply(T, Sum (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  emulation::multiply<T>(d, a, b);
 }
-
-// Sums of this lane; `depth` rows of B, `place(row, c)` the row of B that stored column c of a row of A belongs to.
-template <typename T, typename Place>
-void products(float* d, const Registers* lanes, const Place& place) {
-  const int lane = emulation::lane(), g = lane / 4, t = lane % 4;
-  for (int i = 0; i < 4; ++i) {
-    const int row = g + i / 2 * 8, column = 2 * t + i % 2;
-    for (int c = 0; c < 16; ++c) {
-      const int k = place(row, c);
-      const float a = element<T>(lanes[row % 8 * 4 + c % 8 / 2].a[c / 8 * 2 + row / 8], c % 2);
-      const float b = element<T>(lanes[column * 4 + k % 8 / 2].b[k / 8], k % 2);
-      d[i] += a * b;
-    }
-  }
-}
-
-template <typename T>
-void multiply(T, float* d, const uint32_t* a, const uint32_t* b) {
-  const auto lanes = emulation::exchange(Registers{{a[0], a[1], a[2], a[3]}, {b[0], b[1], 0, 0}, 0});
-  products<T>(d, lanes.data(), [](int, int c) { return c; });
-}
-
-template <typename T>
-void multiply_sparse(T, float* d, const uint32_t* a, const uint32_t* b, uint32_t metadata) {
-  const auto lanes = emulation::exchange(Registers{{a[0], a[1], a[2], a[3]}, {b[0], b[1], b[2], b[3]}, metadata});
-  const auto index = [&](int row, int c) {
-    const int q = c / 2;
-    const uint32_t word = lanes[row % 8 * 4 + q / 4].metadata;
-    return static_cast<int>(word >> (row / 8 * 16 + q % 4 * 4 + c % 2 * 2) & 3);
-  };
-  products<T>(d, lanes.data(), [&](int row, int c) {
-    // The order of the two places of a group is part of the instruction's contract.
-    if (index(row, c / 2 * 2) >= index(row, c / 2 * 2 + 1)) emulation::fail("metadata is not in order");
-    return c / 2 * 4 + index(row, c);
-  });
-}
-
-inline void multiply_int8(int32_t* d, const uint32_t* a, const uint32_t* b) {
-  const auto lanes = emulation::exchange(Registers{{a[0], a[1], a[2], a[3]}, {b[0], b[1], 0, 0}, 0});
-  const int lane = emulation::lane(), g = lane / 4, t = lane % 4;
-  const auto byte = [](uint32_t word, int i) { return static_cast<int8_t>(word >> (8 * i) & 0xff); };
-  for (int i = 0; i < 4; ++i) {
-    const int row = g + i / 2 * 8, column = 2 * t + i % 2;
-    for (int k = 0; k < 32; ++k) {
-      const size_t owner = static_cast<size_t>(k % 16 / 4);
-      const uint32_t left = lanes[static_cast<size_t>(row % 8) * 4 + owner].a[k / 16 * 2 + row / 8];
-      const uint32_t right = lanes[static_cast<size_t>(column) * 4 + owner].b[k / 16];
-      d[i] += byte(left, k % 4) * byte(right, k % 4);
-    }
-  }
+template <int kSelector, typename T, typename Sum>
+void multiply_sparse(T, Sum (&d)[4], const uint4& a, const uint32_t (&b)[4], uint32_t metadata) {
+  emulation::multiply_sparse<T>(d, a, b, metadata, kSelector);
 }
 
 #endif
 
-}  // namespace
 }  // namespace optimize::sparse_matmul::cuda

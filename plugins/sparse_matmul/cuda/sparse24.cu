@@ -1,186 +1,294 @@
-// 2:4 sparse weights, which tensor cores multiply as they are stored (mma.sp.m16n8k32).
+// 2:4 sparse weights (two of every four neighbours along K) by mma.sp, which takes the two values and two bits for each
+// that say where among the four it is. Y^T = W^T X^T: 16 columns of W are the rows of A, 8 tokens the columns of B.
 //
-// Layout sp16: position p = (((((kb * 4 + nb) * 2 + u) * 2 + v) * 8 + g) * 4 + t) * 4 + e of a 64 x 64 tile is the weight at
-// k = 32 kb + 16 u + 4 t + e, n = 16 nb + 8 v + g. Of each group of four (e) exactly two are stored, zeros among them
-// where fewer are not zero: a tile has 2048 values, and register 2 u + v of lane (g, t) is word (2 u + v) * 32 + lane of a
-// product's 128 words of values. The bitmap has as many bits as the instruction's metadata: four bits of a group, two
-// of them set, become two numbers of two bits.
-#include "decode.h"
+// A tile of 64 x 64 is stored as fragments, one for 16 columns (nb) and one instruction's k (s): sp16 has 4 x 2 of
+// mma.sp.m16n8k32, sp8 has 4 x 1 of m16n8k64. Fragment nb * steps + s holds for each lane 4 g + t its four registers of
+// A (16 bytes), of row g (registers 0, 2) and g + 8 (1, 3). Registers 0 and 1 have
+//   sp16   the stored two of k = 32 s + 4 t ..+3, registers 2 and 3 those of the k 16 further;
+//   sp8    the stored two and two of k = 8 t ..+7, registers 2 and 3 those of the k 32 further.
+// Metadata: lane l has four words, word nb for the columns nb, a nibble for every four k (index of the first stored
+// value in bits 0-1, of the second in 2-3, ascending):
+//   sp16   lanes t = 2 s, 2 s + 1 serve step s (that is the sparsity selector): k = 32 s + 16 (t % 2) ..+15 of row g in
+//          the lower half of the word, of row g + 8 in the upper half;
+//   sp8    every lane: k = 32 (t / 2) ..+31 of row g + 8 (t % 2).
+// (PTX ISA, "Matrix fragments for sparse mma.m16n8k32 with .f16/.bf16" and "mma.m16n8k64 with .u8/.s8".)
+//
+// Nothing of this file has run on a GPU yet: benchmarks/gpu.py probes it before it is used. The same tables are in
+// emulation/mma.h; metadata agree with how CUTLASS reorders them.
+//
+// Of B, lane (g, t) holds in register i of a step the token g and the 4 bytes from byte 16 i + 4 t of the step's k on.
+#include "common.h"
 
 namespace optimize::sparse_matmul::cuda {
 namespace {
 
-constexpr int kValueWords = kTile * kTile / 4;  // of one tile: two 16-bit values in a word
-constexpr int kProducts = 8;                    // of a tile: (kb, nb)
-
-// Metadata of eight groups from their eight times four bits: place of the lower bit, then of the upper one.
-__device__ __forceinline__ uint32_t metadata_of(uint32_t bits) {
-  const uint32_t b0 = bits, b1 = bits >> 1, b2 = bits >> 2, b3 = bits >> 3, ones = 0x11111111u;
-  const uint32_t low0 = ~b0 & b1 & ones, low1 = ~b0 & ~b1 & ones;      // the lower place is 0, 1 or 2
-  const uint32_t high0 = (b3 | ~b2) & ones, high1 = (b3 | b2) & ones;  // the upper one is 1, 2 or 3
-  return low0 | low1 << 1 | high0 << 2 | high1 << 3;
-}
-
-// The metadata that lane (g, t) gives to product `product` of a tile: 16 bits of rows g and 16 of g + 8. Only lanes with
-// t < 2 are asked.
-__device__ __forceinline__ uint32_t metadata_at(const uint16_t* bitmap, int product, int g, int t) {
-  const uint16_t* at = bitmap + product * 32 + (t % 2) * 16 + g;
-  return metadata_of(static_cast<uint32_t>(at[0]) | static_cast<uint32_t>(at[8]) << 16);
-}
-
-template <typename T, int kTokenTiles>
-__global__ void __launch_bounds__(kWarps * 32) structured(Weight w, const uint16_t* x, int64_t M, float* parts) {
-  OPTIMIZE_SHARED(memory);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int64_t tiles_k = (w.K + kTile - 1) / kTile, strip = blockIdx.x, first_token = blockIdx.z * int64_t{kMostTokens};
-  const int64_t begin = tiles_k * blockIdx.y / gridDim.y, end = tiles_k * (blockIdx.y + 1) / gridDim.y;
-  float sums[4][kTokenTiles][4] = {};
-  for (int64_t kt = begin + warp; kt < end; kt += kWarps) {
-    const int64_t tile = strip * tiles_k + kt;
-    const uint32_t* values = static_cast<const uint32_t*>(w.values) + __ldg(w.offsets + tile) / 2;
-    const uint16_t* bitmap = reinterpret_cast<const uint16_t*>(w.bitmap + tile * 512);
-    uint32_t a[kProducts][4], bits[kProducts];
-#pragma unroll
-    for (int p = 0; p < kProducts; ++p) {  // all of a tile is on its way before the first product
-#pragma unroll
-      for (int r = 0; r < 4; ++r) a[p][r] = __ldg(values + p * 128 + r * 32 + lane);
-      const uint16_t* at = bitmap + p * 32 + (t % 2) * 16 + g;
-      bits[p] = static_cast<uint32_t>(__ldg(at)) | static_cast<uint32_t>(__ldg(at + 8)) << 16;
-    }
-#pragma unroll
-    for (int kb = 0; kb < 2; ++kb)
-#pragma unroll
-      for (int i = 0; i < kTokenTiles; ++i) {
-        uint32_t b[4];
-#pragma unroll
-        for (int r = 0; r < 4; ++r)
-          b[r] = two_of(x, first_token + i * 8 + g, kt * kTile + kb * 32 + r * 8 + 2 * t, M, w.K);
-#pragma unroll
-        for (int nb = 0; nb < 4; ++nb)
-          multiply_sparse(T{}, sums[nb][i], a[kb * 4 + nb], b, metadata_of(bits[kb * 4 + nb]));
-      }
-  }
-  write_sums<kTokenTiles>(sums, memory, strip, first_token, M, w.N, parts);
-}
-
-// Many tokens: a block computes 64 columns of 128 tokens; each warp 32 tokens and all columns. Tiles of W and of x come
-// through shared memory, three on their way at a time.
-constexpr int kBlockTokens = 128, kTokenTiles32 = 4, kPrefillStages = 3;
-constexpr int kRowBytes = kTile * 2 + 16;  // of x in shared memory: 16 bytes more spread its rows over the banks
-constexpr int kWeightBytes = kValueWords * 4 + 512;
-constexpr int kPrefillStage = kBlockTokens * kRowBytes + kWeightBytes;
+constexpr int kValuesOfTile = kTile * kTile / 2;
+constexpr int kMetadataBytes = 512;  // of a tile
 
 template <typename T>
-__global__ void __launch_bounds__(kWarps * 32) structured_many(Weight w, const uint16_t* x, int64_t M, T* y) {
+constexpr int kBytesOf = std::is_same_v<T, int8_t> ? 1 : 2;
+template <typename T>
+constexpr int kStepsOf = kBytesOf<T>;  // instructions along a tile's k
+
+__device__ __forceinline__ uint32_t word_of(const uint4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+template <typename T>
+__device__ __forceinline__ void multiply_step(int step, SumOf<T> (&d)[4], const uint4& a, const uint32_t (&b)[4],
+                                              uint32_t metadata) {
+  if (step == 0) {
+    multiply_sparse<0>(T(), d, a, b, metadata);
+  } else if constexpr (kStepsOf<T> == 2) {
+    multiply_sparse<1>(T(), d, a, b, metadata);
+  }
+}
+
+// The 4 bytes of a token from k on, zero outside of x.
+__device__ __forceinline__ uint32_t read_x(__half, const Call& call, int64_t token, int64_t k) {
+  if (token >= call.M || k >= call.stride) return 0;
+  const uint16_t* at = static_cast<const uint16_t*>(call.x) + token * call.stride + k;
+  if (call.stride % 2 == 0) return __ldg(reinterpret_cast<const uint32_t*>(at));
+  return __ldg(at) | static_cast<uint32_t>(k + 1 < call.stride ? __ldg(at + 1) : 0) << 16;
+}
+__device__ __forceinline__ uint32_t read_x(__nv_bfloat16, const Call& call, int64_t token, int64_t k) {
+  return read_x(__half(), call, token, k);
+}
+__device__ __forceinline__ uint32_t read_x(int8_t, const Call& call, int64_t token, int64_t k) {
+  if (token >= call.M) return 0;
+  return __ldg(reinterpret_cast<const uint32_t*>(static_cast<const int8_t*>(call.x) + token * call.stride + k));
+}
+
+constexpr int kFewWarps = 4;
+
+// Up to 16 tokens: nothing is used twice, so fragments go from memory to registers, a tile ahead of their use. One
+// block: one strip of 64 columns, one share of the tiles along K (blockIdx.y), which its warps take in turns.
+template <typename T, int kTokenTiles>
+__global__ void __launch_bounds__(kFewWarps * 32) few_tokens(Weight w, Call call) {
   OPTIMIZE_SHARED(memory);
+  using Sum = SumOf<T>;
+  constexpr int kSteps = kStepsOf<T>, kFragments = 4 * kSteps, kWords = 4 / kBytesOf<T>;  // k of 4 bytes
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int64_t tiles_k = (w.K + kTile - 1) / kTile, strip = blockIdx.x;
-  const int64_t first_token = blockIdx.y * int64_t{kBlockTokens};
-  const bool aligned = w.K % 8 == 0;
+  const int64_t begin = tiles_k * blockIdx.y / gridDim.y, end = tiles_k * (blockIdx.y + 1) / gridDim.y;
+  const uint4* values = static_cast<const uint4*>(w.values) + strip * tiles_k * kFragments * 32 + lane;
+  const uint4* metadata = reinterpret_cast<const uint4*>(w.bitmap) + strip * tiles_k * 32 + lane;
 
+  Sum sums[4][kTokenTiles][4] = {};
+  uint4 a[kFragments], places{0, 0, 0, 0};
   const auto fetch = [&](int64_t kt) {
-    if (kt < tiles_k) {
-      unsigned char* stage = memory + kt % kPrefillStages * kPrefillStage;
-      const int64_t tile = strip * tiles_k + kt;
-      const unsigned char* values = static_cast<const unsigned char*>(w.values) + int64_t{__ldg(w.offsets + tile)} * 2;
-      unsigned char* weights = stage + kBlockTokens * kRowBytes;
-      for (int i = threadIdx.x * 16; i < kValueWords * 4; i += kWarps * 512) copy_async(weights + i, values + i);
-      for (int i = threadIdx.x * 16; i < 512; i += kWarps * 512)
-        copy_async(weights + kValueWords * 4 + i, w.bitmap + tile * 512 + i);
-      for (int i = threadIdx.x; i < kBlockTokens * 8; i += kWarps * 32) {  // eight numbers of a row
-        const int64_t token = first_token + i / 8, k = kt * kTile + i % 8 * 8;
-        unsigned char* to = stage + i / 8 * kRowBytes + i % 8 * 16;
-        if (aligned) {
-          const bool inside = token < M && k < w.K;
-          copy_async(to, inside ? x + token * w.K + k : x, inside);
-        } else {
-          for (int j = 0; j < 4; ++j) reinterpret_cast<uint32_t*>(to)[j] = two_of(x, token, k + 2 * j, M, w.K);
-        }
-      }
-    }
-    commit_copies();
+    if (kt >= end) return;
+    places = __ldg(metadata + kt * 32);
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) a[f] = __ldg(values + (kt * kFragments + f) * 32);
   };
-
-  float sums[4][kTokenTiles32][4] = {};
-  for (int kt = 0; kt < kPrefillStages - 1; ++kt) fetch(kt);
-  for (int64_t kt = 0; kt < tiles_k; ++kt) {
-    wait_copies<kPrefillStages - 2>();
-    __syncthreads();  // tile kt is there for all, and all are done with the one whose place is filled next
-    fetch(kt + kPrefillStages - 1);
-    const unsigned char* stage = memory + kt % kPrefillStages * kPrefillStage;
-    const uint32_t* values = reinterpret_cast<const uint32_t*>(stage + kBlockTokens * kRowBytes);
-    const uint16_t* bitmap = reinterpret_cast<const uint16_t*>(values + kValueWords);
 #pragma unroll
-    for (int kb = 0; kb < 2; ++kb) {
-      uint32_t b[kTokenTiles32][4];
+  for (int f = 0; f < kFragments; ++f) a[f] = uint4{0, 0, 0, 0};
+  fetch(begin + warp);
+  for (int64_t kt = begin + warp; kt < end; kt += kFewWarps) {
+    uint32_t b[kTokenTiles][kSteps][4];
 #pragma unroll
-      for (int i = 0; i < kTokenTiles32; ++i)
+    for (int i = 0; i < kTokenTiles; ++i)
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s)
 #pragma unroll
         for (int r = 0; r < 4; ++r)
-          b[i][r] = *reinterpret_cast<const uint32_t*>(stage + (warp * 32 + i * 8 + g) * kRowBytes + (kb * 32 + r * 8 + 2 * t) * 2);
+          b[i][s][r] = read_x(T(), call, i * 8 + g, kt * kTile + ((s * 4 + r) * 4 + t) * kWords);
+    uint4 now[kFragments];
+    const uint4 now_places = places;
 #pragma unroll
-      for (int nb = 0; nb < 4; ++nb) {
-        const int p = kb * 4 + nb;
-        uint32_t a[4];
+    for (int f = 0; f < kFragments; ++f) now[f] = a[f];
+    fetch(kt + kFewWarps);
 #pragma unroll
-        for (int r = 0; r < 4; ++r) a[r] = values[p * 128 + r * 32 + lane];
-        const uint32_t metadata = metadata_at(bitmap, p, g, t);
+    for (int nb = 0; nb < 4; ++nb)
 #pragma unroll
-        for (int i = 0; i < kTokenTiles32; ++i) multiply_sparse(T{}, sums[nb][i], a, b[i], metadata);
-      }
-    }
+      for (int s = 0; s < kSteps; ++s)
+#pragma unroll
+        for (int i = 0; i < kTokenTiles; ++i)
+          multiply_step<T>(s, sums[nb][i], now[nb * kSteps + s], b[i][s], word_of(now_places, nb));
   }
-  wait_copies<0>();
+  // Sums of the block's warps, in the order of the warps.
+  Sum* shared = reinterpret_cast<Sum*>(memory);  // [kFewWarps][kTokenTiles * 8][64]
 #pragma unroll
   for (int nb = 0; nb < 4; ++nb)
 #pragma unroll
-    for (int i = 0; i < kTokenTiles32; ++i)
+    for (int i = 0; i < kTokenTiles; ++i)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int64_t token = first_token + warp * 32 + i * 8 + 2 * t + j % 2;
-        const int64_t column = strip * kTile + nb * 16 + g + j / 2 * 8;
-        if (token >= M || column >= w.N) continue;
-        float v = sums[nb][i][j];
-        if (w.bias) v += static_cast<float>(static_cast<const T*>(w.bias)[column]);
-        y[token * w.N + column] = static_cast<T>(activate(w.activation, v));
+      for (int r = 0; r < 4; ++r) {
+        const int n = nb * 16 + g + r / 2 * 8, token = i * 8 + 2 * t + r % 2;
+        shared[(warp * kTokenTiles * 8 + token) * kTile + n] = sums[nb][i][r];
       }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kTokenTiles * 8 * kTile; i += kFewWarps * 32) {
+    const int64_t token = i / kTile, column = strip * kTile + i % kTile;
+    if (token >= call.M || column >= w.N) continue;
+    Sum sum = 0;
+    for (int v = 0; v < kFewWarps; ++v) sum += shared[v * kTokenTiles * 8 * kTile + i];
+    deliver(w, call, blockIdx.y, gridDim.y, token, column, sum);
+  }
+  if (call.arrivals) finish_if_last<Sum>(w, call, memory, strip, gridDim.y);
 }
 
-constexpr int kBlocksPerProcessor = 4;
+// Many tokens. One block: two strips of 64 columns, 32 tokens for each of kWarpsM pairs of warps, one share of the tiles
+// along K (blockIdx.z). A warp: 64 columns x 32 tokens. Stages of one tile along K are copied two ahead.
+constexpr int kStages = 3, kStrips = 2, kTokensOfWarp = 32, kPitch = kTile + 4;
 
-template <typename T>
-cudaError_t few_as(const Weight& w, const void* x, int64_t M, void* y, void* parts, cudaStream_t stream) {
-  const int splits = decode_sp16_splits(w, M), tokens = M <= 8 ? 8 : 16;
-  const auto kernel = M <= 8 ? structured<T, 1> : structured<T, 2>;
-  return launch_strips<T>(kernel, kWarps * tokens * kTile * 4, splits, w, static_cast<const uint16_t*>(x), M, y,
-                          static_cast<float*>(parts), nullptr, stream);
+template <typename T, int kWarpsM>
+struct Shape {
+  static constexpr int kTokens = kWarpsM * kTokensOfWarp, kThreads = kStrips * kWarpsM * 32;
+  static constexpr int kRowBytes = kTile * kBytesOf<T>, kChunks = kRowBytes / 16;  // of x: a token's part of a stage
+  static constexpr int kTileBytes = kValuesOfTile * kBytesOf<T>;
+  static constexpr int kMetadata = kStrips * kTileBytes, kX = kMetadata + kStrips * kMetadataBytes;
+  static constexpr int kStageBytes = kX + kTokens * kRowBytes;
+  static constexpr int kSumBytes = kStrips * kWarpsM * kTokensOfWarp * kPitch * 4;
+  static constexpr int kBytes = kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes;
+
+  // Where a token's 16-byte chunk lies: eight tokens' chunks of the same k are in eight different groups of banks.
+  __device__ static int place(int token, int chunk) {
+    const int turned = kChunks == 8 ? chunk ^ (token & 7) : chunk ^ (token >> 1 & 3);
+    return kX + token * kRowBytes + turned * 16;
+  }
+};
+
+template <typename T, int kWarpsM>
+__device__ __forceinline__ void fetch_stage(const Weight& w, const Call& call, unsigned char* stage, int64_t kt) {
+  using S = Shape<T, kWarpsM>;
+  const int64_t tiles_k = (w.K + kTile - 1) / kTile, strips = (w.N + kTile - 1) / kTile;
+  const unsigned char* values = static_cast<const unsigned char*>(w.values);
+#pragma unroll
+  for (int strip = 0; strip < kStrips; ++strip) {
+    const bool valid = int64_t{blockIdx.x} * kStrips + strip < strips;
+    const int64_t tile = valid ? (int64_t{blockIdx.x} * kStrips + strip) * tiles_k + kt : 0;
+    for (int i = threadIdx.x * 16; i < S::kTileBytes; i += S::kThreads * 16)
+      copy_async(stage + strip * S::kTileBytes + i, values + tile * S::kTileBytes + i, valid);
+    // Zeros would be no sound metadata: a strip that does not exist has zeros with the places of another.
+    if (const int i = threadIdx.x * 16; i < kMetadataBytes)
+      copy_async(stage + S::kMetadata + strip * kMetadataBytes + i, w.bitmap + tile * kMetadataBytes + i);
+  }
+  constexpr int kNumbers = 16 / kBytesOf<T>;  // of a chunk
+  for (int i = threadIdx.x; i < S::kTokens * S::kChunks; i += S::kThreads) {
+    const int row = i / S::kChunks, chunk = i % S::kChunks;
+    const int64_t token = int64_t{blockIdx.y} * S::kTokens + row, k = kt * kTile + chunk * kNumbers;
+    const bool valid = token < call.M && k < call.stride;
+    const unsigned char* from = static_cast<const unsigned char*>(call.x) +
+                                (valid ? (token * call.stride + k) * kBytesOf<T> : 0);
+    unsigned char* to = stage + S::place(row, chunk);
+    if (kBytesOf<T> == 1 || call.stride % 8 == 0) {
+      copy_async(to, from, valid);
+      continue;
+    }
+    uint32_t words[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const uint32_t bits = valid && k + e < call.stride ? __ldg(reinterpret_cast<const uint16_t*>(from) + e) : 0;
+      words[e / 2] |= bits << (e % 2 * 16);
+    }
+    *reinterpret_cast<uint4*>(to) = uint4{words[0], words[1], words[2], words[3]};
+  }
 }
 
+template <typename T, int kWarpsM>
+__global__ void __launch_bounds__(Shape<T, kWarpsM>::kThreads) many_tokens(Weight w, Call call) {
+  OPTIMIZE_SHARED(memory);
+  using S = Shape<T, kWarpsM>;
+  using Sum = SumOf<T>;
+  constexpr int kSteps = kStepsOf<T>;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int strip = warp % kStrips, first_row = warp / kStrips * kTokensOfWarp;
+  const int64_t tiles_k = (w.K + kTile - 1) / kTile;
+  const int64_t begin = tiles_k * blockIdx.z / gridDim.z, end = tiles_k * (blockIdx.z + 1) / gridDim.z;
+
+  Sum sums[4][4][4] = {};
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) {
+    if (begin + i < end) fetch_stage<T, kWarpsM>(w, call, memory + i * S::kStageBytes, begin + i);
+    commit_copies();
+  }
+  int slot = 0;
+  for (int64_t kt = begin; kt < end; ++kt) {
+    wait_copies<kStages - 2>();
+    __syncthreads();  // the stage is here, and the one before it was used by all
+    const int free_slot = slot == 0 ? kStages - 1 : slot - 1;
+    if (kt + kStages - 1 < end)
+      fetch_stage<T, kWarpsM>(w, call, memory + free_slot * S::kStageBytes, kt + kStages - 1);
+    commit_copies();
+    const unsigned char* stage = memory + slot * S::kStageBytes;
+    const uint4* fragments = reinterpret_cast<const uint4*>(stage + strip * S::kTileBytes) + lane;
+    const uint4 places = reinterpret_cast<const uint4*>(stage + S::kMetadata + strip * kMetadataBytes)[lane];
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      uint32_t b[4][4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        load_matrices(b[i], stage + S::place(first_row + i * 8 + lane % 8, s * 4 + lane / 8));
+#pragma unroll
+      for (int nb = 0; nb < 4; ++nb) {
+        const uint4 a = fragments[(nb * kSteps + s) * 32];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) multiply_step<T>(s, sums[nb][i], a, b[i], word_of(places, nb));
+      }
+    }
+    slot = slot + 1 == kStages ? 0 : slot + 1;
+  }
+  wait_copies<0>();
+  __syncthreads();
+  // Through shared memory, so that rows of y are written by neighbours.
+  Sum* shared = reinterpret_cast<Sum*>(memory) + warp * kTokensOfWarp * kPitch;
+#pragma unroll
+  for (int nb = 0; nb < 4; ++nb)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int r = 0; r < 4; ++r)
+        shared[(i * 8 + 2 * t + r % 2) * kPitch + nb * 16 + g + r / 2 * 8] = sums[nb][i][r];
+  __syncwarp();
+  for (int i = lane; i < kTokensOfWarp * kTile; i += 32) {
+    const int64_t token = int64_t{blockIdx.y} * S::kTokens + first_row + i / kTile;
+    const int64_t column = (int64_t{blockIdx.x} * kStrips + strip) * kTile + i % kTile;
+    if (token < call.M && column < w.N)
+      deliver(w, call, blockIdx.z, gridDim.z, token, column, shared[i / kTile * kPitch + i % kTile]);
+  }
+}
+
+// Tokens of a block: 128, or 64 where that is enough.
+int warps_for(int64_t M) { return M <= 64 ? 2 : 4; }
+
 template <typename T>
-cudaError_t many_as(const Weight& w, const void* x, int64_t M, void* y, cudaStream_t stream) {
-  constexpr int kBytes = kPrefillStages * kPrefillStage;
-  const auto kernel = structured_many<T>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error != cudaSuccess) return error;
-  const dim3 grid(static_cast<unsigned>((w.N + kTile - 1) / kTile),
-                  static_cast<unsigned>((M + kBlockTokens - 1) / kBlockTokens));
-  const uint16_t* from = static_cast<const uint16_t*>(x);
-  T* to = static_cast<T*>(y);
-  OPTIMIZE_LAUNCH(kernel, grid, dim3(kWarps * 32), static_cast<size_t>(kBytes), stream, w, from, M, to);
-  return cudaGetLastError();
+cudaError_t run_as(const Weight& w, const Call& call, const Plan& plan, cudaStream_t stream) {
+  if (call.M <= kFewTokens) {
+    const auto kernel = call.M <= 8 ? few_tokens<T, 1> : few_tokens<T, 2>;
+    const int bytes = kFewWarps * (call.M <= 8 ? 8 : 16) * kTile * 4;
+    return launch(kernel, plan.grid, kFewWarps * 32, bytes, stream, w, call);
+  }
+  if (warps_for(call.M) == 2)
+    return launch(many_tokens<T, 2>, plan.grid, Shape<T, 2>::kThreads, Shape<T, 2>::kBytes, stream, w, call);
+  return launch(many_tokens<T, 4>, plan.grid, Shape<T, 4>::kThreads, Shape<T, 4>::kBytes, stream, w, call);
 }
 
 }  // namespace
 
-int decode_sp16_splits(const Weight& w, int64_t M) { return splits_of(w, M, kBlocksPerProcessor); }
-
-cudaError_t decode_sp16(const Weight& w, const void* x, int64_t M, void* y, void* parts, cudaStream_t stream) {
-  return w.type == Type::f16 ? few_as<__half>(w, x, M, y, parts, stream)
-                             : few_as<__nv_bfloat16>(w, x, M, y, parts, stream);
+Plan plan_sparse24(const Weight& w, int64_t M, const Machine& machine) {
+  const int64_t strips = (w.N + kTile - 1) / kTile, tiles_k = (w.K + kTile - 1) / kTile;
+  Plan plan{};
+  if (M <= kFewTokens) {
+    plan.splits = splits_for(strips, tiles_k, kFewWarps, 4, machine.processors);  // registers: 16 warps
+    plan.grid = dim3(static_cast<unsigned>(strips), static_cast<unsigned>(plan.splits), 1);
+    return plan;
+  }
+  const int64_t wide = (strips + kStrips - 1) / kStrips, tokens = warps_for(M) * kTokensOfWarp;
+  const int64_t high = (M + tokens - 1) / tokens;
+  // Where blocks are fewer than multiprocessors; a split has eight tiles, lest its sums cost more than it gains.
+  int64_t splits = machine.processors / (wide * high);
+  splits = splits > 8 ? 8 : splits;
+  splits = splits > tiles_k / 8 ? tiles_k / 8 : splits;
+  plan.splits = static_cast<int>(splits < 1 ? 1 : splits);
+  plan.grid = dim3(static_cast<unsigned>(wide), static_cast<unsigned>(high), static_cast<unsigned>(plan.splits));
+  return plan;
 }
 
-cudaError_t prefill_sp16(const Weight& w, const void* x, int64_t M, void* y, cudaStream_t stream) {
-  return w.type == Type::f16 ? many_as<__half>(w, x, M, y, stream) : many_as<__nv_bfloat16>(w, x, M, y, stream);
+cudaError_t run_sparse24(const Weight& w, const Call& call, const Plan& plan, cudaStream_t stream) {
+  if (is_int8(w)) return run_as<int8_t>(w, call, plan, stream);
+  return w.type == Type::f16 ? run_as<__half>(w, call, plan, stream) : run_as<__nv_bfloat16>(w, call, plan, stream);
 }
 
 }  // namespace optimize::sparse_matmul::cuda

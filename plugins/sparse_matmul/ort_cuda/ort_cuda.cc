@@ -1,4 +1,4 @@
-// SparseMatMul in ONNX Runtime on CUDA: float16 x and y, layouts mma16, mma8 and sp16. Knows no mathematics.
+// SparseMatMul in ONNX Runtime on CUDA: float16 x and y, the layouts of cuda/kernels.h. Knows no mathematics.
 //
 // A library of its own, so that machines without CUDA need not load it. All inputs are on the device; what can be checked
 // there without copying them back is their types and shapes.
@@ -24,6 +24,7 @@ struct Instance {
   const OrtApi* api;
   cuda::Weight weight{};
   int64_t inputs = 0;
+  bool int8 = false;
 };
 
 template <size_t kCount>
@@ -46,14 +47,16 @@ std::unique_ptr<Instance> make(const OrtApi* api, const OrtKernelInfo* info) {
   w.K = ort::int_attribute(api, info, "K");
   w.N = ort::int_attribute(api, info, "N");
   if (w.K <= 0 || w.N <= 0) throw ort::Error{nullptr, "K and N must be positive"};
-  constexpr const char* kLayouts[] = {"mma16", "mma8", "sp16"};
-  constexpr cuda::Layout kNumbers[] = {cuda::Layout::mma16, cuda::Layout::mma8, cuda::Layout::sp16};
+  constexpr const char* kLayouts[] = {"mma16", "mma8", "sp16", "sp8"};
+  constexpr cuda::Layout kNumbers[] = {cuda::Layout::mma16, cuda::Layout::mma8, cuda::Layout::sp16,
+                                        cuda::Layout::sp8};
   w.layout = kNumbers[index_of(ort::string_attribute(api, info, "layout"), kLayouts, "layout")];
   constexpr const char* kActivations[] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
   w.activation = index_of(ort::string_attribute(api, info, "activation"), kActivations, "activation");
   w.type = cuda::Type::f16;
   instance->inputs = ort::int_attribute(api, info, "num_inputs");
-  if (w.layout == cuda::Layout::mma8 && instance->inputs < 6)
+  instance->int8 = w.layout == cuda::Layout::mma8 || w.layout == cuda::Layout::sp8;
+  if (instance->int8 && instance->inputs < 6)
     throw ort::Error{nullptr, "int8 values need a bias and a scale per column: expected 6 or 7 inputs, got " +
                                   std::to_string(instance->inputs)};
   return instance;
@@ -85,7 +88,7 @@ void compute(const Instance& instance, OrtKernelContext* context) {
     throw ort::Error{nullptr, "the last dimension of x is " + std::to_string(x.shape.empty() ? 0 : x.shape.back()) +
                                   ", expected K = " + std::to_string(w.K)};
   w.bitmap = static_cast<const uint8_t*>(input(api, context, 1, "bitmap", ort::kInt8, tiles * 512).data);
-  const bool int8 = w.layout == cuda::Layout::mma8;
+  const bool int8 = instance.int8;
   w.values = input(api, context, 2, "values", int8 ? ort::kInt8 : ort::kFloat16, -1).data;
   w.offsets = static_cast<const int32_t*>(input(api, context, 3, "offsets", ort::kInt32, tiles + 1).data);
   if (instance.inputs > 4) w.bias = input(api, context, 4, "bias", ort::kFloat16, w.N).data;

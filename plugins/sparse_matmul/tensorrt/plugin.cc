@@ -21,7 +21,10 @@ struct NamedLayout {
   const char* name;
   cuda::Layout layout;
 };
-constexpr NamedLayout kLayouts[] = {{"mma16", cuda::Layout::mma16}, {"mma8", cuda::Layout::mma8}, {"sp16", cuda::Layout::sp16}};
+constexpr NamedLayout kLayouts[] = {{"mma16", cuda::Layout::mma16},
+                                    {"mma8", cuda::Layout::mma8},
+                                    {"sp16", cuda::Layout::sp16},
+                                    {"sp8", cuda::Layout::sp8}};
 
 const NamedLayout* find_layout(const std::string& name) {
   const auto* found =
@@ -58,7 +61,7 @@ bool is(const Dims& dims, std::initializer_list<int64_t> wanted) {
 
 cuda::Layout Attributes::cuda_layout() const { return find_layout(layout)->layout; }
 
-bool Attributes::int8() const { return layout == "mma8"; }
+bool Attributes::int8() const { return layout == "mma8" || layout == "sp8"; }
 
 int32_t Attributes::activation_kind() const {
   const auto* found = std::find(std::begin(kActivations), std::end(kActivations), activation);
@@ -72,7 +75,7 @@ std::string check(const Attributes& a) {
            number(OPTIMIZE_SPARSE_MATMUL_DECLARATION) + "; rebuild the plugin library from the version that made the model";
   if (a.K <= 0 || a.N <= 0) return "K and N must be positive, got " + number(a.K) + " and " + number(a.N);
   if (find_layout(a.layout) == nullptr)
-    return "layout '" + a.layout + "' has no CUDA kernel; those are mma16, mma8 and sp16";
+    return "layout '" + a.layout + "' has no CUDA kernel; those are mma16, mma8, sp16 and sp8";
   if (a.activation_kind() == static_cast<int32_t>(std::size(kActivations)))
     return "there is no activation '" + a.activation + "'";
   const int64_t most = a.int8() ? 7 : 5;  // int8: bias, scale and perhaps x_scale
