@@ -107,6 +107,8 @@ def load(path: Path) -> Any:
     pointer, i64 = ctypes.c_void_p, ctypes.c_int64
     library.optimize_cuda_workspace.restype = i64
     library.optimize_cuda_workspace.argtypes = [ctypes.POINTER(Weight), i64]
+    library.optimize_cuda_splits.restype = ctypes.c_int32
+    library.optimize_cuda_splits.argtypes = [ctypes.POINTER(Weight), i64]
     library.optimize_cuda_run.restype = ctypes.c_char_p
     library.optimize_cuda_run.argtypes = [
         ctypes.POINTER(Weight), pointer, i64, pointer, pointer, pointer,

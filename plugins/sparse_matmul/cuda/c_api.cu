@@ -1,8 +1,7 @@
 // What benchmarks/gpu.py and tests/test_cuda_emulation.py call through ctypes. Pointers are device memory.
 #include <string>
 
-#include "kernels.h"
-#include "ptx.h"
+#include "common.h"
 
 using namespace optimize::sparse_matmul::cuda;
 
@@ -56,6 +55,11 @@ __global__ void __launch_bounds__(256) read_all(const uint4* from, int64_t count
 
 OPTIMIZE_EXPORT int64_t optimize_cuda_workspace(const OptimizeCudaWeight* w, int64_t M) {
   return static_cast<int64_t>(workspace_bytes(weight(*w), M));
+}
+
+// Into how many splits K is cut on this machine.
+OPTIMIZE_EXPORT int32_t optimize_cuda_splits(const OptimizeCudaWeight* w, int64_t M) {
+  return splits_here(weight(*w), M);
 }
 
 // Null if the weight, whose arrays are in the host's memory, is sound; else the reason (until the next call).

@@ -55,6 +55,8 @@ inline bool is_int8(const Weight& w) { return w.layout == Layout::mma8 || w.layo
 inline bool is_sparse24(const Weight& w) { return w.layout == Layout::sp16 || w.layout == Layout::sp8; }
 
 Plan plan_decode(const Weight& w, int64_t M, const Machine& machine);
+// That this machine's plan has.
+int splits_here(const Weight& w, int64_t M);
 Plan plan_sparse24(const Weight& w, int64_t M, const Machine& machine);
 cudaError_t run_decode(const Weight& w, const Call& call, const Plan& plan, cudaStream_t stream);
 cudaError_t run_sparse24(const Weight& w, const Call& call, const Plan& plan, cudaStream_t stream);

@@ -48,7 +48,8 @@ struct Weight {
 // and what was expected. run() itself checks none of it: call this once for every weight that comes from a file.
 std::string validate(const Weight& weight, int64_t bitmap_bytes, int64_t num_values, int64_t num_offsets);
 
-// Bytes of device scratch that run() needs for M tokens or fewer (split-K sums, codes of x), 256-byte aligned.
+// Bytes of device scratch that run() needs for M tokens or fewer (split-K sums, codes of x), 256-byte aligned. The same
+// on every machine, so that it may be asked where no GPU is, or another one.
 size_t workspace_bytes(const Weight& weight, int64_t M);
 
 // Enqueues y [M, N] = activation(x [M, K] W + bias) on `stream`; x and y row-major, dense, 16-byte aligned. Any

@@ -5,6 +5,7 @@ namespace optimize::sparse_matmul::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kMostProcessors = 256;  // that plans make use of; more than any GPU has
 
 template <typename Sum>
 __global__ void __launch_bounds__(kThreads) sum_of_parts(Weight w, Call call, int splits) {
@@ -23,7 +24,19 @@ Machine machine() {
   cudaDeviceGetAttribute(&m.processors, cudaDevAttrMultiProcessorCount, device);
   cudaDeviceGetAttribute(&m.shared_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   cudaDeviceGetAttribute(&m.shared_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  if (m.processors > kMostProcessors) m.processors = kMostProcessors;
   return m;
+}
+
+// The most splits that any device's plan has. Scratch is reserved for these, because it may be reserved where the product
+// does not run: an engine is built on one machine, perhaps without a GPU, and used on another.
+int64_t most_splits(const Weight& w, int64_t M) {
+  if (is_sparse24(w) && M > kFewTokens) return plan_sparse24(w, M, {kMostProcessors, 0, 0}).splits;
+  const int64_t strips = (w.N + kTile - 1) / kTile, chunks = (M + kFewTokens - 1) / kFewTokens;
+  constexpr int64_t kPlaces = int64_t{4} * kMostProcessors, kLeastWarps = 4;  // splits_for, at its most
+  const int64_t blocks = strips * (is_sparse24(w) ? 1 : chunks), least = (4 * kPlaces + 5 * blocks - 1) / (5 * blocks);
+  const int64_t most = ((w.K + kTile - 1) / kTile + kLeastWarps - 1) / kLeastWarps;
+  return least <= 1 ? 1 : 2 * least < most ? 2 * least : most;
 }
 
 size_t rounded(size_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -42,13 +55,15 @@ Scratch scratch_of(const Weight& w, int64_t M, const Machine& machine) {
   s.steps = is_int8(w) ? rounded(static_cast<size_t>(M * s.stride)) : 0;
   s.parts = s.steps + (is_int8(w) ? rounded(static_cast<size_t>(M) * sizeof(float)) : 0);
   s.end = s.parts;
-  if (s.plan.splits > 1) s.end += rounded(static_cast<size_t>(s.plan.splits) * static_cast<size_t>(M * w.N) * 4);
+  const int64_t splits = most_splits(w, M);
+  if (splits > 1) s.end += rounded(static_cast<size_t>(splits) * static_cast<size_t>(M * w.N) * 4);
   return s;
 }
 
 cudaError_t run_slab(const Weight& w, const void* x, int64_t M, void* y, unsigned char* workspace,
                      cudaStream_t stream) {
   const Scratch s = scratch_of(w, M, machine());
+  if (s.plan.splits > 1 && s.plan.splits > most_splits(w, M)) return cudaErrorInvalidValue;  // no room for the sums
   uint32_t* arrivals = s.plan.splits > 1 && M <= kFewTokens ? w.arrivals : nullptr;
   Call call{x, M, s.stride, nullptr, y, workspace + s.parts, arrivals};
   if (is_int8(w)) {
@@ -73,6 +88,8 @@ cudaError_t finish(const Weight& w, const Call& call, int splits, cudaStream_t s
                     : launch(sum_of_parts<float>, grid, kThreads, 0, stream, w, call, splits);
 }
 
+int splits_here(const Weight& w, int64_t M) { return scratch_of(w, M, machine()).plan.splits; }
+
 size_t workspace_bytes(const Weight& w, int64_t M) {
   if (M <= 0 || w.N <= 0) return 0;
   const Machine here = machine();
@@ -82,7 +99,7 @@ size_t workspace_bytes(const Weight& w, int64_t M) {
   for (int64_t m = 8; m < most; m += m < 16 ? 8 : 16) {
     const Scratch s = scratch_of(w, m, here);
     bytes = s.end > bytes ? s.end : bytes;
-    if (m > 64 && s.plan.splits == 1) break;
+    if (m > 64 && most_splits(w, m) <= 1) break;
   }
   return bytes;
 }
