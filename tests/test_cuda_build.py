@@ -47,6 +47,7 @@ def test_the_library_exports_its_functions_alone(built) -> None:
     assert re.findall(r" T (\w+)", said) == [
         "optimize_cuda_read",
         "optimize_cuda_run",
+        "optimize_cuda_splits",
         "optimize_cuda_validate",
         "optimize_cuda_workspace",
     ]
