@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from optimizer.custom_ops.declaration import BITMAP_BYTES, LAYOUTS, TILE
+from optimizer.custom_ops.declaration import BITMAP_BYTES, LAYOUTS, TILE, Layout
 from optimizer.custom_ops.packing import Packed, to_tiles
 
-MMA16, MMA8 = LAYOUTS["mma16"], LAYOUTS["mma8"]
 #: Values of a tile begin at multiples of this many bytes.
 ALIGNMENT = 16
 #: Stored values of a tile of 2:4 sparsity.
@@ -44,7 +43,7 @@ def pack_cuda(weight: np.ndarray, layout: str) -> Packed:
     if weight.dtype.itemsize != VALUE_BYTES[layout]:
         msg = f"layout {layout} stores values of {VALUE_BYTES[layout]} bytes, got {weight.dtype}"
         raise ValueError(msg)
-    return _pack_24(weight) if layout in ("sp16", "sp8") else _pack_bitmap(weight)
+    return _pack_24(weight) if layout in ("sp16", "sp8") else _pack_bitmap(weight, LAYOUTS[layout])
 
 
 def most_values(packed: Packed) -> int:
@@ -52,9 +51,9 @@ def most_values(packed: Packed) -> int:
     return int(np.diff(packed.offsets).max(initial=0))
 
 
-def _pack_bitmap(weight: np.ndarray) -> Packed:
+def _pack_bitmap(weight: np.ndarray, layout: Layout) -> Packed:
     """Gaps between tiles are zeros."""
-    tiles = to_tiles(weight, MMA16)
+    tiles = to_tiles(weight, layout)
     stored = tiles != 0
     unit = ALIGNMENT // weight.dtype.itemsize
     padded = -(-stored.sum(axis=1) // unit) * unit

@@ -1,8 +1,7 @@
 // SparseMatMul in ONNX Runtime on the CPU. Knows no mathematics.
-#include <exception>
 #include <memory>
 
-#include "../common/ort_tensor.h"
+#include "../common/ort_op.h"
 #include "cpu/kernels.h"
 #include "declaration.h"
 
@@ -10,8 +9,6 @@ using namespace optimize::sparse_matmul;
 using ort::Tensor;
 
 namespace {
-
-constexpr size_t kInputs = 7;  // x bitmap values offsets bias scale x_scale
 
 struct Instance {
   const OrtApi* api;
@@ -26,10 +23,9 @@ Layout layout_of(const std::string& name) {
 }
 
 Activation activation_of(const std::string& name) {
-  constexpr const char* kNames[] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
-  for (int32_t i = 0; i < 5; ++i)
-    if (name == kNames[i]) return static_cast<Activation>(i);
-  throw ort::Error{nullptr, "unknown activation '" + name + "'"};
+  const int32_t number = activation_number(name);
+  if (number < 0) throw ort::Error{nullptr, "unknown activation '" + name + "'"};
+  return static_cast<Activation>(number);
 }
 
 void expect(const Tensor& tensor, const char* name, int type, int64_t size) {
@@ -42,12 +38,7 @@ void expect(const Tensor& tensor, const char* name, int type, int64_t size) {
 }
 
 std::unique_ptr<Instance> make(const OrtApi* api, const OrtKernelInfo* info) {
-  const int64_t declaration = ort::int_attribute(api, info, "declaration");
-  if (declaration != OPTIMIZE_SPARSE_MATMUL_DECLARATION)
-    throw ort::Error{nullptr, "the model was made for another declaration of the operator (" +
-                                  std::to_string(declaration) + ") than this library (" +
-                                  std::to_string(OPTIMIZE_SPARSE_MATMUL_DECLARATION) +
-                                  "); rebuild the library, or make the model again, with the same version"};
+  ort::check_declaration(ort::int_attribute(api, info, "declaration"), OPTIMIZE_SPARSE_MATMUL_DECLARATION);
   auto instance = std::make_unique<Instance>();
   instance->api = api;
   Weight& w = instance->weight;
@@ -85,17 +76,6 @@ std::unique_ptr<Instance> make(const OrtApi* api, const OrtKernelInfo* info) {
   return instance;
 }
 
-OrtStatus* create(const OrtCustomOp*, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
-  try {
-    *kernel = make(api, info).release();
-    return nullptr;
-  } catch (const ort::Error& error) {
-    return ort::to_status(api, {error.status, "SparseMatMul: " + error.text}, ort::kInvalidGraph);
-  } catch (const std::exception& error) {
-    return ort::call<OrtStatus*>(api, ort::CreateStatus, int{ort::kFail}, error.what());
-  }
-}
-
 struct Pool {
   const OrtApi* api;
   OrtKernelContext* context;
@@ -115,78 +95,29 @@ void run_in_pool(void* state, size_t count, void (*body)(void*, size_t), void* u
 void compute(const Instance& instance, OrtKernelContext* context) {
   const OrtApi* api = instance.api;
   const Weight& w = instance.weight;
-  const OrtValue* value = nullptr;
-  ort::check(ort::call<OrtStatus*>(api, ort::KernelContext_GetInput, static_cast<const OrtKernelContext*>(context),
-                                   size_t{0}, &value));
-  const Tensor x = ort::read_tensor(api, value);
-  if (x.shape.empty() || x.shape.back() != w.K)
-    throw ort::Error{nullptr, "SparseMatMul: the last dimension of x is " +
-                                  std::to_string(x.shape.empty() ? 0 : x.shape.back()) + ", expected K = " +
-                                  std::to_string(w.K)};
-  std::vector<int64_t> shape = x.shape;
-  shape.back() = w.N;
-  OrtValue* output = nullptr;
-  ort::check(ort::call<OrtStatus*>(api, ort::KernelContext_GetOutput, context, size_t{0},
-                                   static_cast<const int64_t*>(shape.data()), shape.size(), &output));
-  void* y = nullptr;
-  ort::check(ort::call<OrtStatus*>(api, ort::GetTensorMutableData, output, &y));
+  const Tensor x = ort::input(api, context, 0, "x");
+  void* y = ort::output_for(api, context, x, w.K, w.N);
   Pool pool{api, context};
   instance.kernel->run(static_cast<const float*>(x.data), x.size() / w.K, static_cast<float*>(y),
                        Parallel{&pool, run_in_pool});
 }
 
-OrtStatus* run(void* kernel, OrtKernelContext* context) {
-  const Instance& instance = *static_cast<Instance*>(kernel);
-  try {
-    compute(instance, context);
-    return nullptr;
-  } catch (const ort::Error& error) {
-    return ort::to_status(instance.api, error, ort::kInvalidArgument);
-  } catch (const std::exception& error) {
-    return ort::call<OrtStatus*>(instance.api, ort::CreateStatus, int{ort::kFail}, error.what());
-  }
-}
+struct Op {
+  using Instance = ::Instance;
+  static constexpr const char *kName = "SparseMatMul", *kProvider = nullptr;
+  // x bitmap values offsets bias scale x_scale
+  static constexpr int kInputTypes[] = {ort::kFloat, ort::kInt8,  ort::kUndefined, ort::kInt32,
+                                        ort::kFloat, ort::kFloat, ort::kFloat};
+  static constexpr size_t kRequiredInputs = 4;
+  static constexpr int kOutputType = ort::kFloat;
 
-int input_type(const OrtCustomOp*, size_t index) {
-  constexpr int kTypes[kInputs] = {ort::kFloat, ort::kInt8,  ort::kUndefined, ort::kInt32,
-                                   ort::kFloat, ort::kFloat, ort::kFloat};
-  return kTypes[index];
-}
-
-OrtCustomOp declare() {
-  OrtCustomOp op{};
-  op.version = ort::kApiVersion;
-  op.GetName = [](const OrtCustomOp*) { return "SparseMatMul"; };
-  op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
-  op.GetInputType = input_type;
-  op.GetInputTypeCount = [](const OrtCustomOp*) { return kInputs; };
-  op.GetOutputType = [](const OrtCustomOp*, size_t) -> int { return ort::kFloat; };
-  op.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
-  op.KernelDestroy = [](void* kernel) { delete static_cast<Instance*>(kernel); };
-  op.GetInputCharacteristic = [](const OrtCustomOp*, size_t index) -> int {
-    return index < 4 ? ort::kRequired : ort::kOptional;
-  };
-  op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) -> int { return ort::kRequired; };
-  op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
-  op.CreateKernelV2 = create;
-  op.KernelComputeV2 = run;
-  op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
-  op.GetEndVersion = [](const OrtCustomOp*) { return 2147483647; };
-  return op;
-}
+  static auto make(const OrtApi* api, const OrtKernelInfo* info) { return ::make(api, info); }
+  static void compute(const Instance& instance, OrtKernelContext* context) { ::compute(instance, context); }
+};
 
 }  // namespace
 
-// Called by SessionOptions.register_custom_ops_library.
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
                                                                              const OrtApiBase* base) {
-  const OrtApi* api = base->GetApi(ort::kApiVersion);
-  if (!api) {  // no status can be made without the interface
-    return nullptr;
-  }
-  static const OrtCustomOp op = declare();
-  OrtCustomOpDomain* domain = nullptr;  // owned by the session options' domain list for the life of the process
-  if (OrtStatus* status = ort::call<OrtStatus*>(api, ort::CreateCustomOpDomain, "optimize", &domain)) return status;
-  if (OrtStatus* status = ort::call<OrtStatus*>(api, ort::CustomOpDomain_Add, domain, &op)) return status;
-  return ort::call<OrtStatus*>(api, ort::AddCustomOpDomain, options, domain);
+  return ort::register_op<Op>(options, base);
 }

@@ -1,7 +1,7 @@
 // SparseMatMul: y = activation(x W + bias), W [K, N] constant and stored as a bitmap and its non-zero values.
 //
 // This header knows no framework. What the operator computes is declared once, with its body in
-// standard ONNX operators, in optimizer/custom_ops/sparse_matmul.py; the hash of that declaration is in
+// standard ONNX operators, in optimizer/custom_ops/declaration.py; the hash of that declaration is in
 // declaration.h and travels in every node.
 //
 // Stored form: W is cut into tiles of 64 x 64 (k x n), padded with zeros; tile t = (n / 64) * ceil(K / 64) + k / 64.
@@ -26,6 +26,17 @@ constexpr int64_t kBitmapBytes = kTile * kTile / 8;   // of one tile
 enum class Layout : int32_t { n64k1 = 0, n16k4 = 1 };
 
 enum class Activation : int32_t { none = 0, relu = 1, gelu = 2, gelu_tanh = 3, silu = 4 };
+// Their names in models, by number.
+inline constexpr const char* kActivationNames[] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
+// The number of a name, or -1.
+inline int32_t activation_number(const std::string& name) {
+  int32_t number = 0;
+  for (const char* known : kActivationNames) {
+    if (name == known) return number;
+    ++number;
+  }
+  return -1;
+}
 
 // A stored weight and what is applied after the product. Nothing is owned; all pointers live as long as
 // the kernel made from it, and need the alignment of their type only (bitmap: none).

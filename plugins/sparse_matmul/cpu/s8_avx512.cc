@@ -78,7 +78,7 @@ inline Groups next_groups(const uint8_t* bitmap, const int8_t*& values) {
 }
 
 void finish_sums(const Weight& w, int64_t strip, const int32_t* column_sums, const int32_t* sums, const float* steps,
-                   int64_t tokens, float* y) {
+                 int64_t tokens, float* y) {
   for (int64_t j = 0; j < kTile; j += 16) {
     const int64_t column = strip * kTile + j, count = w.N - column < 16 ? w.N - column : 16;
     if (count <= 0) return;

@@ -14,6 +14,7 @@
 
 namespace optimize::sparse_matmul {
 namespace {
+
 class Dense final : public Kernel {
  public:
   // Windows are used for up to `window_weights` stored weights of a row of W, times tokens.

@@ -23,25 +23,21 @@ struct Entry {
 // The stored weights of the 16 columns of a group, each column in order of k.
 using Columns = std::array<std::vector<Entry>, kColumns>;
 
-Columns columns_of(const Weight& w, int64_t strip, int64_t group) {
-  Columns columns;
-  const int64_t tiles_k = w.tiles_k();
-  for (int64_t kt = 0; kt < tiles_k; ++kt) {
-    const int64_t tile = strip * tiles_k + kt;
+std::array<Columns, kGroups> groups_of(const Weight& w, int64_t strip) {
+  std::array<Columns, kGroups> groups;
+  for (int64_t kt = 0; kt < w.tiles_k(); ++kt) {
+    const int64_t tile = strip * w.tiles_k() + kt;
     const int8_t* value = static_cast<const int8_t*>(w.values) + w.offsets[tile];
     for (int64_t i = 0; i < kTile; ++i) {  // a word is 16 columns by 4 rows
       uint64_t word;
       std::memcpy(&word, w.bitmap + tile * kBitmapBytes + i * 8, sizeof word);
-      if (i % kGroups == group)
-        for (const int8_t* v = value; word; word &= word - 1) {
-          const int64_t bit = __builtin_ctzll(word);
-          columns[static_cast<size_t>(bit / 4)].push_back({kt * kTile + i / kGroups * 4 + bit % 4, *v++});
-        }
-      std::memcpy(&word, w.bitmap + tile * kBitmapBytes + i * 8, sizeof word);
-      value += __builtin_popcountll(word);
+      for (; word; word &= word - 1) {
+        const int64_t bit = __builtin_ctzll(word), k = kt * kTile + i / kGroups * 4 + bit % 4;
+        groups[static_cast<size_t>(i % kGroups)][static_cast<size_t>(bit / 4)].push_back({k, *value++});
+      }
     }
   }
-  return columns;
+  return groups;
 }
 
 // Steps of one group: each begins at the first weight that is left, so that windows only move on.
@@ -70,10 +66,10 @@ void schedule(const Columns& columns, int64_t block, WindowLists& out, std::vect
 
 WindowLists make_windows(const Weight& w, int64_t strip, int64_t block) {
   // In the order in which they are run: all groups of a block of rows, then the next block.
+  const std::array<Columns, kGroups> columns = groups_of(w, strip);
   std::array<WindowLists, kGroups> groups;
   std::array<std::vector<int64_t>, kGroups> blocks;
-  for (size_t g = 0; g < kGroups; ++g)
-    schedule(columns_of(w, strip, static_cast<int64_t>(g)), block, groups[g], blocks[g]);
+  for (size_t g = 0; g < kGroups; ++g) schedule(columns[g], block, groups[g], blocks[g]);
   WindowLists out;
   std::array<size_t, kGroups> next{};
   for (int64_t b = 0; b * block * kWindowStep < w.K; ++b)

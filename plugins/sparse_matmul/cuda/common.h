@@ -51,7 +51,7 @@ inline int splits_for(int64_t strips, int64_t tiles_k, int warps, int64_t reside
   return static_cast<int>(best);
 }
 
-inline bool is_int8(const Weight& w) { return w.layout == Layout::mma8 || w.layout == Layout::sp8; }
+inline bool is_int8(const Weight& w) { return is_int8(w.layout); }
 inline bool is_sparse24(const Weight& w) { return w.layout == Layout::sp16 || w.layout == Layout::sp8; }
 
 Plan plan_decode(const Weight& w, int64_t M, const Machine& machine);
@@ -131,6 +131,33 @@ __device__ __forceinline__ void finish_if_last(const Weight& w, const Call& call
     store(w, call, token, column, sum);
   }
   if (threadIdx.x == 0) call.arrivals[strip] = 0;
+}
+
+// What a block of few tokens computed for a strip: the sums of its warps, added in the order of the warps. `memory` is
+// shared memory that nobody uses any more, with room for [warps][kTokenTiles * 8][64] sums.
+template <typename Sum, int kTokenTiles>
+__device__ __forceinline__ void deliver_warps(const Weight& w, const Call& call, unsigned char* memory, int64_t strip,
+                                              int64_t first_token, const Sum (&sums)[4][kTokenTiles][4]) {
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  Sum* shared = reinterpret_cast<Sum*>(memory);
+#pragma unroll
+  for (int nb = 0; nb < 4; ++nb)
+#pragma unroll
+    for (int i = 0; i < kTokenTiles; ++i)
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int n = nb * 16 + g + r / 2 * 8, token = i * 8 + 2 * t + r % 2;
+        shared[(warp * kTokenTiles * 8 + token) * kTile + n] = sums[nb][i][r];
+      }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kTokenTiles * 8 * kTile; i += blockDim.x) {
+    const int64_t token = first_token + i / kTile, column = strip * kTile + i % kTile;
+    if (token >= call.M || column >= w.N) continue;
+    Sum sum = 0;
+    for (int v = 0; v < warps; ++v) sum += shared[v * kTokenTiles * 8 * kTile + i];
+    deliver(w, call, blockIdx.y, gridDim.y, token, column, sum);
+  }
+  if (call.arrivals) finish_if_last<Sum>(w, call, memory, strip, gridDim.y);
 }
 
 }  // namespace optimize::sparse_matmul::cuda

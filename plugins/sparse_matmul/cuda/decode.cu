@@ -181,26 +181,7 @@ __global__ void __launch_bounds__(kMostWarps * 32, 2) strip_products(Weight w, C
   }
   wait_copies<0>();
   __syncthreads();
-  // Sums of the block's warps, in the order of the warps.
-  Sum* shared = reinterpret_cast<Sum*>(memory);  // [warps][kTokenTiles * 8][64]
-#pragma unroll
-  for (int nb = 0; nb < 4; ++nb)
-#pragma unroll
-    for (int i = 0; i < kTokenTiles; ++i)
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const int n = nb * 16 + g + r / 2 * 8, token = i * 8 + 2 * t + r % 2;
-        shared[(warp * kTokenTiles * 8 + token) * kTile + n] = sums[nb][i][r];
-      }
-  __syncthreads();
-  for (int i = threadIdx.x; i < kTokenTiles * 8 * kTile; i += blockDim.x) {
-    const int64_t token = first_token + i / kTile, column = strip * kTile + i % kTile;
-    if (token >= call.M || column >= w.N) continue;
-    Sum sum = 0;
-    for (int v = 0; v < warps; ++v) sum += shared[v * kTokenTiles * 8 * kTile + i];
-    deliver(w, call, blockIdx.y, gridDim.y, token, column, sum);
-  }
-  if (call.arrivals) finish_if_last<Sum>(w, call, memory, strip, gridDim.y);
+  deliver_warps(w, call, memory, strip, first_token, sums);
 }
 
 template <typename T>

@@ -18,6 +18,19 @@ namespace optimize::sparse_matmul::cuda {
 // sp16    2:4 along K, 16-bit values and metadata of mma.sp.m16n8k32
 // sp8     2:4 along K, int8 values and metadata of mma.sp.m16n8k64
 enum class Layout : int32_t { mma16 = 16, mma8 = 17, sp16 = 18, sp8 = 19 };
+// The layout of a name in models, or null.
+inline const Layout* find_layout(const std::string& name) {
+  struct Named {
+    const char* name;
+    Layout layout;
+  };
+  static constexpr Named kLayouts[] = {
+      {"mma16", Layout::mma16}, {"mma8", Layout::mma8}, {"sp16", Layout::sp16}, {"sp8", Layout::sp8}};
+  for (const Named& known : kLayouts)
+    if (name == known.name) return &known.layout;
+  return nullptr;
+}
+inline bool is_int8(Layout layout) { return layout == Layout::mma8 || layout == Layout::sp8; }
 
 enum class Type : int32_t { f16 = 0, bf16 = 1 };  // of x, y, bias, and of the values of mma16 and sp16
 

@@ -107,26 +107,7 @@ __global__ void __launch_bounds__(kFewWarps * 32) few_tokens(Weight w, Call call
         for (int i = 0; i < kTokenTiles; ++i)
           multiply_step<T>(s, sums[nb][i], now[nb * kSteps + s], b[i][s], word_of(now_places, nb));
   }
-  // Sums of the block's warps, in the order of the warps.
-  Sum* shared = reinterpret_cast<Sum*>(memory);  // [kFewWarps][kTokenTiles * 8][64]
-#pragma unroll
-  for (int nb = 0; nb < 4; ++nb)
-#pragma unroll
-    for (int i = 0; i < kTokenTiles; ++i)
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const int n = nb * 16 + g + r / 2 * 8, token = i * 8 + 2 * t + r % 2;
-        shared[(warp * kTokenTiles * 8 + token) * kTile + n] = sums[nb][i][r];
-      }
-  __syncthreads();
-  for (int i = threadIdx.x; i < kTokenTiles * 8 * kTile; i += kFewWarps * 32) {
-    const int64_t token = i / kTile, column = strip * kTile + i % kTile;
-    if (token >= call.M || column >= w.N) continue;
-    Sum sum = 0;
-    for (int v = 0; v < kFewWarps; ++v) sum += shared[v * kTokenTiles * 8 * kTile + i];
-    deliver(w, call, blockIdx.y, gridDim.y, token, column, sum);
-  }
-  if (call.arrivals) finish_if_last<Sum>(w, call, memory, strip, gridDim.y);
+  deliver_warps(w, call, memory, strip, 0, sums);
 }
 
 // Many tokens. One block: two strips of 64 columns, 32 tokens for each of kWarpsM pairs of warps, one share of the tiles

@@ -4,70 +4,52 @@
 // there without copying them back is their types and shapes.
 #include <cuda_runtime_api.h>
 
-#include <algorithm>
-#include <exception>
 #include <memory>
 
-#include "../../common/ort_tensor.h"
+#include "../../common/ort_op.h"
 #include "../cuda/kernels.h"
 #include "../declaration.h"
+#include "../sparse_matmul.h"
 
 namespace {
 
 using ort::Tensor;
 namespace cuda = optimize::sparse_matmul::cuda;
 
-constexpr size_t kInputs = 7;  // x bitmap values offsets bias scale x_scale
-constexpr int64_t kTile = 64;
+using optimize::sparse_matmul::kBitmapBytes;
+using optimize::sparse_matmul::kTile;
 
 struct Instance {
   const OrtApi* api;
   cuda::Weight weight{};
   int64_t inputs = 0;
-  bool int8 = false;
 };
 
-template <size_t kCount>
-int32_t index_of(const std::string& name, const char* const (&names)[kCount], const char* what) {
-  const auto* found = std::find(std::begin(names), std::end(names), name);
-  if (found == std::end(names)) throw ort::Error{nullptr, std::string(what) + " '" + name + "' has no CUDA kernel"};
-  return static_cast<int32_t>(found - std::begin(names));
-}
-
 std::unique_ptr<Instance> make(const OrtApi* api, const OrtKernelInfo* info) {
-  const int64_t declaration = ort::int_attribute(api, info, "declaration");
-  if (declaration != OPTIMIZE_SPARSE_MATMUL_DECLARATION)
-    throw ort::Error{nullptr, "the model was made for another declaration of the operator (" +
-                                  std::to_string(declaration) + ") than this library (" +
-                                  std::to_string(OPTIMIZE_SPARSE_MATMUL_DECLARATION) +
-                                  "); rebuild the library, or make the model again, with the same version"};
+  ort::check_declaration(ort::int_attribute(api, info, "declaration"), OPTIMIZE_SPARSE_MATMUL_DECLARATION);
   auto instance = std::make_unique<Instance>();
   instance->api = api;
   cuda::Weight& w = instance->weight;
   w.K = ort::int_attribute(api, info, "K");
   w.N = ort::int_attribute(api, info, "N");
   if (w.K <= 0 || w.N <= 0) throw ort::Error{nullptr, "K and N must be positive"};
-  constexpr const char* kLayouts[] = {"mma16", "mma8", "sp16", "sp8"};
-  constexpr cuda::Layout kNumbers[] = {cuda::Layout::mma16, cuda::Layout::mma8, cuda::Layout::sp16,
-                                        cuda::Layout::sp8};
-  w.layout = kNumbers[index_of(ort::string_attribute(api, info, "layout"), kLayouts, "layout")];
-  constexpr const char* kActivations[] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
-  w.activation = index_of(ort::string_attribute(api, info, "activation"), kActivations, "activation");
+  const std::string layout = ort::string_attribute(api, info, "layout");
+  const cuda::Layout* known = cuda::find_layout(layout);
+  if (known == nullptr) throw ort::Error{nullptr, "layout '" + layout + "' has no CUDA kernel"};
+  w.layout = *known;
+  const std::string activation = ort::string_attribute(api, info, "activation");
+  w.activation = optimize::sparse_matmul::activation_number(activation);
+  if (w.activation < 0) throw ort::Error{nullptr, "activation '" + activation + "' has no CUDA kernel"};
   w.type = cuda::Type::f16;
   instance->inputs = ort::int_attribute(api, info, "num_inputs");
-  instance->int8 = w.layout == cuda::Layout::mma8 || w.layout == cuda::Layout::sp8;
-  if (instance->int8 && instance->inputs < 6)
+  if (cuda::is_int8(w.layout) && instance->inputs < 6)
     throw ort::Error{nullptr, "int8 values need a bias and a scale per column: expected 6 or 7 inputs, got " +
                                   std::to_string(instance->inputs)};
   return instance;
 }
 
 Tensor input(const OrtApi* api, OrtKernelContext* context, size_t index, const char* name, int type, int64_t size) {
-  const OrtValue* value = nullptr;
-  ort::check(ort::call<OrtStatus*>(api, ort::KernelContext_GetInput, static_cast<const OrtKernelContext*>(context),
-                                   index, &value));
-  if (value == nullptr) throw ort::Error{nullptr, std::string("input '") + name + "' is missing"};
-  Tensor tensor = ort::read_tensor(api, value);
+  Tensor tensor = ort::input(api, context, index, name);
   if (tensor.type != type || (size >= 0 && tensor.size() != size))
     throw ort::Error{nullptr, std::string("input '") + name + "' has element type " + std::to_string(tensor.type) +
                                   " and " + std::to_string(tensor.size()) + " elements, expected type " +
@@ -84,24 +66,16 @@ void compute(const Instance& instance, OrtKernelContext* context) {
   cuda::Weight w = instance.weight;
   const int64_t tiles = (w.K + kTile - 1) / kTile * ((w.N + kTile - 1) / kTile);
   const Tensor x = input(api, context, 0, "x", ort::kFloat16, -1);
-  if (x.shape.empty() || x.shape.back() != w.K)
-    throw ort::Error{nullptr, "the last dimension of x is " + std::to_string(x.shape.empty() ? 0 : x.shape.back()) +
-                                  ", expected K = " + std::to_string(w.K)};
-  w.bitmap = static_cast<const uint8_t*>(input(api, context, 1, "bitmap", ort::kInt8, tiles * 512).data);
-  const bool int8 = instance.int8;
+  void* y = ort::output_for(api, context, x, w.K, w.N);
+  w.bitmap = static_cast<const uint8_t*>(input(api, context, 1, "bitmap", ort::kInt8, tiles * kBitmapBytes).data);
+  const bool int8 = cuda::is_int8(w.layout);
   w.values = input(api, context, 2, "values", int8 ? ort::kInt8 : ort::kFloat16, -1).data;
   w.offsets = static_cast<const int32_t*>(input(api, context, 3, "offsets", ort::kInt32, tiles + 1).data);
   if (instance.inputs > 4) w.bias = input(api, context, 4, "bias", ort::kFloat16, w.N).data;
   if (int8) w.scale = static_cast<const float*>(input(api, context, 5, "scale", ort::kFloat, w.N).data);
   if (int8 && instance.inputs > 6)
     w.x_scale = static_cast<const float*>(input(api, context, 6, "x_scale", ort::kFloat, 1).data);
-  std::vector<int64_t> shape = x.shape;
-  shape.back() = w.N;
-  OrtValue* output = nullptr;
-  ort::check(ort::call<OrtStatus*>(api, ort::KernelContext_GetOutput, context, size_t{0},
-                                   static_cast<const int64_t*>(shape.data()), shape.size(), &output));
-  void *y = nullptr, *stream = nullptr, *workspace = nullptr;
-  ort::check(ort::call<OrtStatus*>(api, ort::GetTensorMutableData, output, &y));
+  void *stream = nullptr, *workspace = nullptr;
   ort::check(ort::call<OrtStatus*>(api, ort::KernelContext_GetGPUComputeStream,
                                    static_cast<const OrtKernelContext*>(context), &stream));
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
@@ -113,59 +87,22 @@ void compute(const Instance& instance, OrtKernelContext* context) {
   check(error);
 }
 
-template <typename Body>
-OrtStatus* guarded(const OrtApi* api, int code, const Body& body) {
-  try {
-    body();
-    return nullptr;
-  } catch (const ort::Error& error) {
-    return ort::to_status(api, {error.status, "SparseMatMul: " + error.text}, code);
-  } catch (const std::exception& error) {
-    return ort::call<OrtStatus*>(api, ort::CreateStatus, int{ort::kFail}, error.what());
-  }
-}
+struct Op {
+  using Instance = ::Instance;
+  static constexpr const char *kName = "SparseMatMul", *kProvider = "CUDAExecutionProvider";
+  // x bitmap values offsets bias scale x_scale
+  static constexpr int kInputTypes[] = {ort::kFloat16, ort::kInt8,  ort::kUndefined, ort::kInt32,
+                                        ort::kFloat16, ort::kFloat, ort::kFloat};
+  static constexpr size_t kRequiredInputs = 4;
+  static constexpr int kOutputType = ort::kFloat16;
 
-OrtCustomOp declare() {
-  OrtCustomOp op{};
-  op.version = ort::kApiVersion;
-  op.GetName = [](const OrtCustomOp*) { return "SparseMatMul"; };
-  op.GetExecutionProviderType = [](const OrtCustomOp*) { return "CUDAExecutionProvider"; };
-  op.GetInputType = [](const OrtCustomOp*, size_t index) -> int {
-    constexpr int kTypes[kInputs] = {ort::kFloat16, ort::kInt8,  ort::kUndefined, ort::kInt32,
-                                     ort::kFloat16, ort::kFloat, ort::kFloat};
-    return kTypes[index];
-  };
-  op.GetInputTypeCount = [](const OrtCustomOp*) { return kInputs; };
-  op.GetOutputType = [](const OrtCustomOp*, size_t) -> int { return ort::kFloat16; };
-  op.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
-  op.KernelDestroy = [](void* kernel) { delete static_cast<Instance*>(kernel); };
-  op.GetInputCharacteristic = [](const OrtCustomOp*, size_t index) -> int {
-    return index < 4 ? ort::kRequired : ort::kOptional;
-  };
-  op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) -> int { return ort::kRequired; };
-  op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
-  op.CreateKernelV2 = [](const OrtCustomOp*, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
-    return guarded(api, ort::kInvalidGraph, [&] { *kernel = make(api, info).release(); });
-  };
-  op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
-    const Instance& instance = *static_cast<Instance*>(kernel);
-    return guarded(instance.api, ort::kInvalidArgument, [&] { compute(instance, context); });
-  };
-  op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
-  op.GetEndVersion = [](const OrtCustomOp*) { return 2147483647; };
-  return op;
-}
+  static auto make(const OrtApi* api, const OrtKernelInfo* info) { return ::make(api, info); }
+  static void compute(const Instance& instance, OrtKernelContext* context) { ::compute(instance, context); }
+};
 
 }  // namespace
 
-// Called by SessionOptions.register_custom_ops_library.
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
                                                                              const OrtApiBase* base) {
-  const OrtApi* api = base->GetApi(ort::kApiVersion);
-  if (!api) return nullptr;  // no status can be made without the interface
-  static const OrtCustomOp op = declare();
-  OrtCustomOpDomain* domain = nullptr;  // owned by the session options' domain list for the life of the process
-  if (OrtStatus* status = ort::call<OrtStatus*>(api, ort::CreateCustomOpDomain, "optimize", &domain)) return status;
-  if (OrtStatus* status = ort::call<OrtStatus*>(api, ort::CustomOpDomain_Add, domain, &op)) return status;
-  return ort::call<OrtStatus*>(api, ort::AddCustomOpDomain, options, domain);
+  return ort::register_op<Op>(options, base);
 }

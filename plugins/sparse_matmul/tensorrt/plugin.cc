@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "../declaration.h"
+#include "../sparse_matmul.h"
 
 namespace optimize::sparse_matmul::tensorrt {
 namespace {
@@ -15,22 +16,6 @@ using nvinfer1::DataType;
 using nvinfer1::Dims;
 using nvinfer1::PluginField;
 using nvinfer1::PluginFieldType;
-
-constexpr const char* kActivations[] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
-struct NamedLayout {
-  const char* name;
-  cuda::Layout layout;
-};
-constexpr NamedLayout kLayouts[] = {{"mma16", cuda::Layout::mma16},
-                                    {"mma8", cuda::Layout::mma8},
-                                    {"sp16", cuda::Layout::sp16},
-                                    {"sp8", cuda::Layout::sp8}};
-
-const NamedLayout* find_layout(const std::string& name) {
-  const auto* found =
-      std::find_if(std::begin(kLayouts), std::end(kLayouts), [&](const NamedLayout& l) { return name == l.name; });
-  return found == std::end(kLayouts) ? nullptr : found;
-}
 
 // Rows of x: all of its dimensions but the last. Unknown ones (-1) count as none.
 int64_t tokens_of(const Dims& dims) {
@@ -59,14 +44,11 @@ bool is(const Dims& dims, std::initializer_list<int64_t> wanted) {
 
 }  // namespace
 
-cuda::Layout Attributes::cuda_layout() const { return find_layout(layout)->layout; }
+cuda::Layout Attributes::cuda_layout() const { return *cuda::find_layout(layout); }
 
-bool Attributes::int8() const { return layout == "mma8" || layout == "sp8"; }
+bool Attributes::int8() const { return cuda::is_int8(cuda_layout()); }
 
-int32_t Attributes::activation_kind() const {
-  const auto* found = std::find(std::begin(kActivations), std::end(kActivations), activation);
-  return static_cast<int32_t>(found - std::begin(kActivations));
-}
+int32_t Attributes::activation_kind() const { return activation_number(activation); }
 
 std::string check(const Attributes& a) {
   const auto number = [](int64_t v) { return std::to_string(v); };
@@ -74,9 +56,9 @@ std::string check(const Attributes& a) {
     return "the model was made for declaration " + number(a.declaration) + " of SparseMatMul, this library for " +
            number(OPTIMIZE_SPARSE_MATMUL_DECLARATION) + "; rebuild the plugin library from the version that made the model";
   if (a.K <= 0 || a.N <= 0) return "K and N must be positive, got " + number(a.K) + " and " + number(a.N);
-  if (find_layout(a.layout) == nullptr)
+  if (cuda::find_layout(a.layout) == nullptr)
     return "layout '" + a.layout + "' has no CUDA kernel; those are mma16, mma8, sp16 and sp8";
-  if (a.activation_kind() == static_cast<int32_t>(std::size(kActivations)))
+  if (a.activation_kind() < 0)
     return "there is no activation '" + a.activation + "'";
   const int64_t most = a.int8() ? 7 : 5;  // int8: bias, scale and perhaps x_scale
   if (a.num_inputs > most || a.num_inputs < (a.int8() ? 6 : 4))
@@ -116,7 +98,7 @@ cuda::Weight Plugin::weight(DataType type) const {
 }
 
 std::string Plugin::check_shapes(nvinfer1::PluginTensorDesc const* in, int32_t inputs) const {
-  const int64_t tiles = (attributes_.K + 63) / 64 * ((attributes_.N + 63) / 64);
+  const int64_t tiles = (attributes_.K + kTile - 1) / kTile * ((attributes_.N + kTile - 1) / kTile);
   const auto wrong = [&](int32_t i, const std::string& expected) {
     return "input " + std::to_string(i) + " has the shape " + text_of(in[i].dims) + ", expected " + expected;
   };
@@ -125,7 +107,8 @@ std::string Plugin::check_shapes(nvinfer1::PluginTensorDesc const* in, int32_t i
     return "got " + size(inputs) + " inputs, num_inputs says " + size(attributes_.num_inputs);
   const Dims& x = in[0].dims;
   if (x.nbDims < 1 || x.d[x.nbDims - 1] != attributes_.K) return wrong(0, "[.., " + size(attributes_.K) + "]");
-  if (!is(in[1].dims, {tiles, 512})) return wrong(1, "[" + size(tiles) + ", 512]");
+  if (!is(in[1].dims, {tiles, kBitmapBytes}))
+    return wrong(1, "[" + size(tiles) + ", " + size(kBitmapBytes) + "]");
   if (!is(in[2].dims, {-1})) return wrong(2, "one dimension");
   if (!is(in[3].dims, {tiles + 1})) return wrong(3, "[" + size(tiles + 1) + "]");
   for (int32_t i = 4; i < inputs && i < 6; ++i)
