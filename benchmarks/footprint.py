@@ -11,7 +11,6 @@ prepacked copies of weights, no arena. The first model is the baseline. Linux on
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from optimizer.benchmark import write_result
 from optimizer.custom_ops import library_path
 from optimizer.feeds import Sizes, synthesize
 from optimizer.machine import describe_machine
@@ -106,7 +106,7 @@ def main() -> None:
             "machine": describe_machine(), "onnxruntime": ort.__version__,
             "past": arguments.past, "rows": rows,
         }  # fmt: skip
-        arguments.out.write_text(json.dumps(facts, indent=1, default=str) + "\n", "utf-8")
+        write_result(arguments.out, facts)
 
 
 if __name__ == "__main__":

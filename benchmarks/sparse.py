@@ -38,6 +38,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
+from optimizer.benchmark import write_result
 from optimizer.custom_ops import library_path
 from optimizer.custom_ops.declaration import DOMAIN, OP_TYPE, declaration_hash
 from optimizer.custom_ops.packing import pack
@@ -384,12 +385,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_rooflines(results, read)
     lines = summary(results)
     print("\n".join(lines))
-    facts = {
+    write_result(arguments.out, {
         "class": label(), "machine": describe_machine(), "onnxruntime": ort.__version__,
         "date": time.strftime("%Y-%m-%d"), "read_GBps": round(read / 1e9, 1), "summary": lines,
         "rows": results,
-    }  # fmt: skip
-    arguments.out.write_text(json.dumps(facts, indent=1, default=str) + "\n", "utf-8")
+    })  # fmt: skip
     if arguments.plots:
         plots(results, arguments.out.parent / "plots", label())
     if arguments.calibrate:

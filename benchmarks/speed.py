@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import peers
+from footprint import file_bytes
 
 from optimizer.api import optimize
 from optimizer.benchmark import BenchmarkResult, Setup, benchmark, write_result
@@ -249,7 +250,7 @@ def measure(key: str, arguments: argparse.Namespace, folder: Path) -> dict[str, 
         seconds=arguments.seconds,
     )
     show(row, result, found, failures)
-    sizes = {name: _bytes(path) for name, path in models.items()}
+    sizes = {name: file_bytes(path) for name, path in models.items()}
     return {
         "title": row.title,
         "passes": passes,
@@ -261,10 +262,6 @@ def measure(key: str, arguments: argparse.Namespace, folder: Path) -> dict[str, 
         "failures": failures,
         **result.as_dict(),
     }
-
-
-def _bytes(path: Path) -> int:
-    return sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*") if p.is_file())
 
 
 def show(
