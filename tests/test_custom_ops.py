@@ -145,7 +145,10 @@ def test_kernel_equals_body(layout, inputs, activation):
     body_says = session(proto, registered=False).run(None, {"x": x})[0]
     made = session(proto, registered=True)
     kernel_says = made.run(None, {"x": x})[0]
-    # sums of at most 70 products in another order
+    if LAYOUTS[layout].int8 and activation in ("none", "relu"):
+        # so that what was verified with one of them holds for the other, however deep the model
+        np.testing.assert_array_equal(kernel_says, body_says)
+    # sums of at most 70 products in another order; other polynomials for the activations
     np.testing.assert_allclose(kernel_says, body_says, rtol=1e-5, atol=2e-5)
     alone = session(model(layout, arrays, activation, function=False), registered=True)
     np.testing.assert_array_equal(alone.run(None, {"x": x})[0], kernel_says)

@@ -30,7 +30,7 @@ def random_weight(rng: np.random.Generator, shape: tuple[int, int], density: flo
 def expected(
     x: NDArray, weight: NDArray, scale: NDArray, bias: NDArray, x_scale: NDArray | None
 ) -> NDArray:
-    """The scalar kernel: the same float32 operations around an exact integer product."""
+    """The operator's body: the same float32 operations around an exact integer product."""
     with np.errstate(divide="ignore"):
         top = np.abs(x).max(1, initial=0).astype(np.float32)
     step = (
@@ -40,7 +40,7 @@ def expected(
     )
     codes = np.clip(np.rint(x * (np.float32(1) / step)[:, None]), -128, 127).astype(np.int64)
     sums = (codes @ weight.astype(np.int64)).astype(np.float32)
-    return sums * (scale * step[:, None]) + bias
+    return sums * step[:, None] * scale + bias
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -181,8 +181,10 @@ def test_bad_options(options):
 @pytest.mark.parametrize(
     ("flags", "name"),
     [
-        ("avx2 fma avx512f", "avx2"),
-        ("avx2 fma avx512_vnni avx512_vbmi2 avx512bw avx512vl avx512dq", "avx2"),
+        ("avx2 fma", "avx2"),
+        ("avx2 fma avx512f", "other"),
+        ("avx2 fma avx_vnni", "other"),
+        ("avx2 fma avx512f avx512_vnni avx512_vbmi2 avx512bw avx512vl avx512dq", "other"),
         ("avx2 fma avx512_vnni avx512vbmi avx512_vbmi2 avx512bw avx512vl avx512dq", "avx512"),
         ("sse2", "other"),
     ],
@@ -195,10 +197,10 @@ def test_class_of_a_machine(tmp_path, monkeypatch, flags, name):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "name"), [("avx2", "avx2"), ("amx", "avx512"), ("neon", "avx512")]
+    ("wanted", "name"), [("avx2", "other"), ("amx", "avx512"), ("neon", "avx512")]
 )
 def test_class_is_that_of_the_kernels_that_run(tmp_path, monkeypatch, wanted, name):
     path = tmp_path / "cpuinfo"
-    path.write_text(f"flags : {' '.join(sparse_cost.CLASSES['avx512'])} avx2 fma\n", "utf-8")
+    path.write_text(f"flags : {' '.join(sparse_cost.CLASSES['avx512'])} avx512f avx2 fma\n", "utf-8")
     monkeypatch.setenv("OPTIMIZE_ISA", wanted)
     assert sparse_cost.machine_class(path) == name

@@ -49,7 +49,7 @@ class Scalar final : public Kernel {
     }
     for (int64_t n = 0; n < kTile && strip * kTile + n < w_.N; ++n) {
       const int64_t column = strip * kTile + n;
-      const float v = static_cast<float>(sum[n]) * (w_.scale[column] * step);
+      const float v = static_cast<float>(sum[n]) * step * w_.scale[column];
       y[column] = activate(w_.activation, v + (w_.bias ? w_.bias[column] : 0.0f));
     }
   }

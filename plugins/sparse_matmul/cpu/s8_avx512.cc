@@ -91,7 +91,7 @@ void finish_sums(const Weight& w, int64_t strip, const int32_t* column_sums, con
       float* to = y + column;
       for (int64_t m = 0; m < tokens; ++m, from += kTile, to += row) {
         const Vec sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(from), offset));
-        const Vec v = apply(add(mul(sum, mul(scale, broadcast(steps[m]))), bias));
+        const Vec v = apply(add(mul(mul(sum, broadcast(steps[m])), scale), bias));
         if (count == kLanes)
           store(to, v);
         else

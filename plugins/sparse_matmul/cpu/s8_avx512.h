@@ -14,7 +14,7 @@ namespace {
 inline void finish(const Weight& w, int64_t column, __m512i sums, float step, float* y) {
   const int64_t left = w.N - column, count = left < 16 ? left : 16;
   if (count <= 0) return;
-  Vec v = mul(_mm512_cvtepi32_ps(sums), mul(load_first(w.scale + column, count), broadcast(step)));
+  Vec v = mul(mul(_mm512_cvtepi32_ps(sums), broadcast(step)), load_first(w.scale + column, count));
   if (w.bias) v = add(v, load_first(w.bias + column, count));
   store_first(y + column, activate(w.activation, v), count);
 }

@@ -38,7 +38,7 @@ void expand(const Weight& w, int64_t strip, const void* codes, const float* step
     for (int64_t n = 0; n < kTile; n += kLanes) {
       const int64_t column = strip * kTile + n, count = min64(kLanes, w.N - column);
       if (count <= 0) break;
-      Vec v = mul(columns_of(sums[m], n), mul(load_first(w.scale + column, count), broadcast(steps[m])));
+      Vec v = mul(mul(columns_of(sums[m], n), broadcast(steps[m])), load_first(w.scale + column, count));
       if (w.bias) v = add(v, load_first(w.bias + column, count));
       store_first(y + m * w.N + column, activate(w.activation, v), count);
     }
@@ -77,7 +77,7 @@ void finish_groups(const Weight& w, int64_t strip, const void* sums, const float
                    float* y) {
   const int64_t first = strip * kTile;
   finish_columns(sums, min64(kTile, w.N - first), tokens, stride, [&](Vec v, int64_t m, int64_t n, int64_t count) {
-    v = mul(from_integers(v), mul(load_first(w.scale + first + n, count), broadcast(steps[m])));
+    v = mul(mul(from_integers(v), broadcast(steps[m])), load_first(w.scale + first + n, count));
     if (w.bias) v = add(v, load_first(w.bias + first + n, count));
     store_columns(y + m * w.N + first + n, activate(w.activation, v), count);
   });

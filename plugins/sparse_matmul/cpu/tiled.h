@@ -31,7 +31,7 @@ struct TiledKernels {
   void (*transpose)(const void* x, int64_t rows, int64_t begin, int64_t end, int64_t tokens, int64_t stride, void* xt);
   // sums [64][stride] += one block of a strip's lists.
   void (*apply)(const uint16_t* codes, const uint32_t* values, const void* xt, int64_t vectors, void* sums);
-  // y of the strip's columns = activation(sums * scale * steps + bias); scale and steps of int8 only.
+  // y of the strip's columns = activation(sums * steps * scale + bias); scale and steps of int8 only.
   void (*finish)(const Weight& w, int64_t strip, const void* sums, const float* steps, int64_t tokens, int64_t stride,
                  float* y);
 };
