@@ -13,6 +13,7 @@ from optimizer import graph as graphs
 from optimizer.arrays import contiguous_copy
 from optimizer.custom_ops.declaration import (
     DOMAIN,
+    FLOOR,
     MAX_K_INT8,
     OP_TYPE,
     VERSION,
@@ -22,7 +23,7 @@ from optimizer.custom_ops.declaration import (
 )
 from optimizer.custom_ops.packing import pack
 from optimizer.linear_layers import SHARED, is_shared, layer_name, linear_at, matches
-from optimizer.nodes import dims, node_of, operand, operands, reader, users
+from optimizer.nodes import dims, node_of, operand, operands, optional, other, reader, users
 from optimizer.pass_base import Skip
 from optimizer.quantized_parts import quantized_at, scaled_along, stored
 from optimizer.structure import Linear
@@ -67,7 +68,7 @@ def find_layers(
     layers: list[Layer] = []
     skipped: list[Skip] = []
     for node in model.graph:
-        found = _int8_at(node) or _float_at(node, precision)
+        found = _int8_at(node) or _body_at(node) or _float_at(node, precision)
         if isinstance(found, Layer) and matches(found.linear, exclude):
             found = "excluded"
         if isinstance(found, Layer):
@@ -148,6 +149,85 @@ def _weight_refusal(weight: ir.Value, codes: ir.Value, dequantize: ir.Node) -> s
     if len(codes.uses()) > 1:
         return SHARED
     return _OVERFLOW if _rows(codes) > MAX_K_INT8 else None
+
+
+def _body_at(node: ir.Node) -> Layer | str | None:
+    """A layer spelled as the operator's own int8 body, which is what an earlier run has left.
+
+    Rounding, floor and order of the products are the operator's: the numbers stay the same.
+    """
+    if node.domain != "" or node.op_type != "MatMulInteger":
+        return None
+    left, codes = operands(node)
+    floats = reader(node.outputs[0], "Cast")
+    by_token = None if floats is None else reader(floats.outputs[0], "Mul")
+    by_column = None if by_token is None else reader(by_token.outputs[0], "Mul")
+    if floats is None or by_token is None or by_column is None or len(node.inputs) > 2:
+        return None
+    step = other(by_token, floats.outputs[0])
+    reads = _rounding(left, step)
+    if reads is None:
+        return None
+    tensor, scale = graphs.constant(codes), other(by_column, by_token.outputs[0])
+    columns = dims(codes)
+    if tensor is None or tensor.dtype != ir.DataType.INT8 or columns is None:
+        return None
+    if graphs.constant(scale) is None or dims(scale) != columns[1:]:
+        return None
+    if len(codes.uses()) > 1:
+        return SHARED
+    if columns[0] > MAX_K_INT8:
+        return _OVERFLOW
+    output, bias = by_column.outputs[0], None
+    add = reader(output, "Add")
+    if add is not None:
+        bias = other(add, output)
+        if graphs.constant(bias) is None or dims(bias) != columns[1:]:
+            add, bias = None, None
+    linear = Linear(node, add, operand(reads), codes, bias, add.outputs[0] if add else output)
+    return Layer(
+        str(codes.name), linear, reads, int8=True, activation="none", output=linear.output,
+        codes=codes, scale=scale, x_scale=None if graphs.constant(step) is None else step,
+    )  # fmt: skip
+
+
+def _rounding(codes: ir.Value, step: ir.Value) -> ir.Node | None:
+    """The node that reads x, of int8 codes that are made as by the operator with this step."""
+    chain: list[ir.Node] = []
+    value: ir.Value | None = codes
+    for op_type in ("Cast", "Clip", "Round", "Mul"):
+        node = node_of(value, op_type)
+        if node is None:
+            return None
+        chain.append(node)
+        value = node.inputs[0]
+    _, clip, _, scaled = chain
+    x, inverse = operands(scaled)
+    if [graphs.scalar(optional(clip, i)) for i in (1, 2)] != [-128, 127]:
+        return None
+    number, factor = graphs.scalar(step), graphs.scalar(inverse)
+    if number is not None and factor is not None:
+        same = number > 0 and np.float32(1) / np.float32(number) == np.float32(factor)
+        return scaled if same else None
+    reciprocal = node_of(inverse, "Reciprocal")
+    divide = node_of(operand(reciprocal), "Div") if reciprocal else None
+    floor = node_of(operand(divide), "Max") if divide else None
+    if divide is None or divide.outputs[0] is not step:
+        return None
+    if floor is None or len(floor.inputs) != 2:
+        return None
+    top = node_of(operand(floor), "ReduceMax")
+    size = node_of(operand(top), "Abs") if top else None
+    if top is None or size is None or operand(size) is not x:
+        return None
+    axis = graphs.scalar(optional(top, 1))
+    rank = None if x.shape is None else len(x.shape)
+    numbers = (graphs.scalar(operand(divide, 1)), graphs.scalar(operand(floor, 1)))
+    if numbers != (127, float(np.float32(FLOOR))):
+        return None
+    last = axis == -1 or (axis is not None and rank is not None and axis == rank - 1)
+    keepdims = top.attributes.get("keepdims")
+    return size if last and (keepdims is None or keepdims.as_int() == 1) else None
 
 
 def _shifted(node: ir.Node) -> bool:

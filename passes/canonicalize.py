@@ -43,6 +43,7 @@ from optimizer.raising import (
     rows,
     sequences,
     simplify,
+    stored_weights,
     value_info,
 )
 from optimizer.raising.base import Miss, RuleReport, opset_of
@@ -120,6 +121,7 @@ def heads(model: ir.Model) -> RuleReport:
 #: The steps at which inference may fail, which the user is told.
 _TYPES = "types"
 STEPS: tuple[Step, ...] = (
+    Step("stored weights", stored_weights.run),
     Step("inline", inline.run),
     Step("constants", constants.lift),
     Step("half-precision weights", half_weights.run),

@@ -10,7 +10,7 @@ Applies when: 1. the layer is a float32 MatMul by a constant [K, N], or an int8 
 Exactness:    reassociated with precision=fp32. With precision=int8 a float layer is rounded: one
               symmetric scale per output channel and per token.
 Cost:         bytes: 1 bit per weight, and 4 (fp32) or 1 (int8) per weight that is not zero.
-Source:       ours; figures in benchmarks/results/sparse_avx512.json, sparse_amx.json.
+Source:       ours; figures in benchmarks/results/sparse_{avx2,avx512,amx}.json.
 """
 
 from __future__ import annotations

@@ -119,7 +119,9 @@ class _Body:
         return self.op("Reshape", node.outputs[0], self.const([1], "int64"))
 
 
-def body(layout: str, activation: str, inputs: int, opset: int = 21) -> ir.Function:
+def body(
+    layout: str, activation: str, inputs: int, opset: int = 21, *, decoded: bool = False
+) -> ir.Function:
     """The operator as a function of standard operators.
 
     Args:
@@ -127,6 +129,7 @@ def body(layout: str, activation: str, inputs: int, opset: int = 21) -> ir.Funct
         activation: One of ``ACTIVATIONS``.
         inputs: How many of ``INPUTS`` there are: 4 or 5, for int8 values 6 or 7.
         opset: Of the model: 18 or later, 20 or later with a Gelu.
+        decoded: Whether W [K, N] itself comes in the place of the bitmap.
 
     Raises:
         ValueError: There is no such form.
@@ -138,7 +141,7 @@ def body(layout: str, activation: str, inputs: int, opset: int = 21) -> ir.Funct
     values = [ir.Value(name=name) for name in INPUTS[:inputs]]
     given = dict(zip(INPUTS, values, strict=False))
     b = _Body()
-    weight = _decode(b, form, given)
+    weight = given["bitmap"] if decoded else _decode(b, form, given)
     y = _int8_product(b, given, weight) if form.int8 else b.op("MatMul", given["x"], weight)
     if "bias" in given:
         y = b.op("Add", y, given["bias"])
@@ -146,9 +149,8 @@ def body(layout: str, activation: str, inputs: int, opset: int = 21) -> ir.Funct
     y.name = "y"
     graph = ir.Graph(values, [y], nodes=b.nodes, opset_imports={"": opset})
     attributes = [ir.Attr(n, ir.AttributeType.UNDEFINED, None) for n in ATTRIBUTES]
-    return ir.Function(
-        DOMAIN, OP_TYPE, overload(layout, activation, inputs), graph=graph, attributes=attributes
-    )
+    name = overload(layout, activation, inputs) + (".decoded" if decoded else "")
+    return ir.Function(DOMAIN, OP_TYPE, name, graph=graph, attributes=attributes)
 
 
 def _decode(b: _Body, layout: Layout, given: dict[str, ir.Value]) -> ir.Value:

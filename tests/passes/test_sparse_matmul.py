@@ -12,6 +12,7 @@ import pydantic
 import pytest
 from models import Config
 
+from optimizer import graph as graphs
 from optimizer import sparse_cost
 from optimizer.custom_ops import library
 from optimizer.pass_base import Context, Exactness, Report
@@ -114,6 +115,39 @@ def test_our_own_output_is_raised_back():
     np.testing.assert_allclose(OrtRunner(model).run(feed)["logits"], before, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.native
+def test_our_own_int8_output_comes_out_as_it_was():
+    model = sparse_model()
+    feed = models.feed(CONFIGS[0])
+    first = apply(model, force=True, precision="int8")
+    before = OrtRunner(model).run(feed)["logits"]
+    Canonicalize().call(model, Context())
+    assert count(model, "SparseMatMul") == 0
+    # activations are operators of the standard now
+    np.testing.assert_allclose(OrtRunner(model).run(feed)["logits"], before, rtol=1e-4, atol=1e-5)
+    again = apply(model, force=True)  # layers that are int8 already stay int8
+    assert again.applied == first.applied == count(model, "SparseMatMul")
+    assert count(model, "MatMulInteger") == count(model, "Round") == 0
+    np.testing.assert_array_equal(OrtRunner(model).run(feed)["logits"], before)
+
+
+@pytest.mark.parametrize(
+    ("op_type", "index", "number"),
+    [("Clip", 1, -127.0), ("Div", 1, 128.0), ("Max", 1, 1e-6), ("ReduceMax", 1, 0)],
+)
+def test_other_int8_products_per_token_stay(op_type, index, number):
+    model = sparse_model()
+    layers = apply(model, force=True, precision="int8").applied
+    Canonicalize().call(model, Context())
+    for node in [n for n in model.graph if n.op_type == op_type and len(n.inputs) > index]:
+        if (old := graphs.const(node.inputs[index])) is None:
+            continue
+        changed = np.full(old.shape, number, old.dtype)
+        node.replace_input_with(index, graphs.add_initializer(model.graph, "changed", changed))
+    assert count(model, "MatMulInteger") == layers > 0
+    assert apply(model, force=True).applied == 0
+
+
 def test_cost_model_decides_layer_by_layer(monkeypatch):
     measured(monkeypatch, fp32=[(1, 0.35, 2.0, 0.9), (128, 0.35, 1.2, 0.5)])
     model = sparse_model()
@@ -201,6 +235,8 @@ def test_class_of_a_machine(tmp_path, monkeypatch, flags, name):
 )
 def test_class_is_that_of_the_kernels_that_run(tmp_path, monkeypatch, wanted, name):
     path = tmp_path / "cpuinfo"
-    path.write_text(f"flags : {' '.join(sparse_cost.CLASSES['avx512'])} avx512f avx2 fma\n", "utf-8")
+    path.write_text(
+        f"flags : {' '.join(sparse_cost.CLASSES['avx512'])} avx512f avx2 fma\n", "utf-8"
+    )
     monkeypatch.setenv("OPTIMIZE_ISA", wanted)
     assert sparse_cost.machine_class(path) == name
