@@ -146,6 +146,10 @@ def _weight_refusal(weight: ir.Value, codes: ir.Value, dequantize: ir.Node) -> s
         return "its weight is not int8 with a scale per output channel"
     if _shifted(dequantize):
         return "its weight has a zero point"
+    return _codes_refusal(codes)
+
+
+def _codes_refusal(codes: ir.Value) -> str | None:
     if len(codes.uses()) > 1:
         return SHARED
     return _OVERFLOW if _rows(codes) > MAX_K_INT8 else None
@@ -174,10 +178,8 @@ def _body_at(node: ir.Node) -> Layer | str | None:
         return None
     if graphs.constant(scale) is None or dims(scale) != columns[1:]:
         return None
-    if len(codes.uses()) > 1:
-        return SHARED
-    if columns[0] > MAX_K_INT8:
-        return _OVERFLOW
+    if reason := _codes_refusal(codes):
+        return reason
     output, bias = by_column.outputs[0], None
     add = reader(output, "Add")
     if add is not None:

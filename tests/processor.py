@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from optimizer.machine import describe_machine
+from optimizer.diagnosis.kernels import int8_kernel
+from optimizer.machine import describe_cpu
 
-_DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "asimddp"}
+_KERNEL = int8_kernel(describe_cpu())
 
 #: Without int8 dot products, ONNX Runtime on x86 adds two products of uint8 and int8 in 16 bits,
 #: which saturate: its int8 layers are less exact there, and how much depends on the spelling.
-SATURATES = not _DOT_PRODUCTS & set(describe_machine()["instructions"])
+SATURATES = _KERNEL is not None and not _KERNEL.dot_product
