@@ -8,6 +8,7 @@ import onnx_ir as ir
 import pytest
 import quantized
 import rule_case
+from processor import TOP, Int8Runner
 
 from optimizer import graph as graphs
 from optimizer.legalize import legalize
@@ -37,7 +38,7 @@ def _ops(model: ir.Model) -> Counter[str]:
 
 
 def _logits(model: ir.Model, config: models.Config) -> np.ndarray:
-    return OrtRunner(model).run(models.feed(config, past=3 if config.kv_cache else 0))["logits"]
+    return Int8Runner(model).run(models.feed(config, past=3 if config.kv_cache else 0))["logits"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -56,7 +57,7 @@ def test_lowering_changes_no_code_so_outputs_agree_to_rounding(case, per_token):
 def test_one_product_is_bit_equal_to_integer_arithmetic():
     rng = np.random.default_rng(0)
     x = rng.normal(0, 3, (4, 16)).astype(np.float32)  # half of it saturates
-    w = rng.integers(-127, 128, (16, 8)).astype(np.int8)
+    w = rng.integers(-TOP, TOP + 1, (16, 8)).astype(np.int8)
     s, ws = np.float32(0.0173), rng.uniform(0.01, 0.02, 8).astype(np.float32)
     model = _product(s, w, ws)
     legalize(model, "ort-cpu")
@@ -126,7 +127,7 @@ def test_canonicalize_raises_the_lowered_form_back_without_loss(case):
 
 def test_a_shift_of_whole_steps_moves_into_the_zero_point_and_back():
     rng = np.random.default_rng(1)
-    w = rng.integers(-127, 128, (16, 8)).astype(np.int8)
+    w = rng.integers(-TOP, TOP + 1, (16, 8)).astype(np.int8)
     s, ws = np.float32(0.5 / 127), rng.uniform(0.01, 0.02, 8).astype(np.float32)
     x = rng.uniform(0, 1, (5, 16)).astype(np.float32)
     model = _product(s, w, ws, shift=0.5)

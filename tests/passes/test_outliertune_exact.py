@@ -24,6 +24,7 @@ from outlier_cases import (
     samples,
     small,
 )
+from processor import Int8Runner
 
 from optimizer import graph as graphs
 from optimizer.legalize import legalize
@@ -115,7 +116,7 @@ def test_outliertune_is_a_shift_then_smoothquant_1_then_one_static_scale() -> No
     weights = [constants(m, "_int8") for m in (one, three)]
     for a, b in zip(*(w.values() for w in weights), strict=True):
         np.testing.assert_array_equal(a, b)
-    outputs = [OrtRunner(m).run(data)["y0"] for m in (one, three)]
+    outputs = [Int8Runner(m).run(data)["y0"] for m in (one, three)]
     np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-5 * np.abs(outputs[0]).max())
 
 
@@ -140,7 +141,7 @@ def test_int8_products_equal_integer_arithmetic_bit_by_bit() -> None:
     weights, scales = constants(model, "w0_int8"), constants(model, "w0_scale")
     (y,) = observed(model, data, "QuantizeLinear")
     assert legalize(model, "ort-cpu").modified
-    found = OrtRunner(model).run(data)["y0"]
+    found = Int8Runner(model).run(data)["y0"]
     codes = np.clip(np.rint(y), -128, 127).astype(np.int32)  # the scale is 1
     total = codes @ weights["w0_int8"].astype(np.int32)
     np.testing.assert_array_equal(found, total.astype(np.float32) * scales["w0_scale"])
@@ -183,9 +184,9 @@ def test_every_site_is_lowered_for_the_cpu(name: str) -> None:
 def test_error_is_what_the_search_expects(seed: int, **choices: Any) -> None:
     sizes = {name: choices.pop(name) for name in ("norm", "width", "outputs")}
     model, data = small(**sizes, seed=seed)
-    before = OrtRunner(model).run(data)
+    before = Int8Runner(model).run(data)
     report = apply(model, samples(model, data), **choices, compensate=False)
-    after = OrtRunner(model).run(data)
+    after = Int8Runner(model).run(data)
     lost = sum(float(np.square(after[n] - before[n], dtype=np.float64).sum()) for n in before)
     total = sum(float(np.square(before[n], dtype=np.float64).sum()) for n in before)
     # Rounding errors are at most half a step, three times the variance that is expected of them,
@@ -207,6 +208,6 @@ def test_error_on_unseen_data_is_below_that_of_the_literature(name: str) -> None
     }.items():
         model = models.build(config)
         apply(model, calibration(model, config, batch=16, sequence=32), **options)
-        found = OrtRunner(model).run(feed)["logits"]
+        found = Int8Runner(model).run(feed)["logits"]
         error[label] = np.linalg.norm(found - expected) / np.linalg.norm(expected)
     assert error["ours"] < min(error["per-tensor"], error["published"])

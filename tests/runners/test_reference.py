@@ -12,6 +12,7 @@ import pytest
 import rule_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processor import TOP
 
 from optimizer.errors import ModelError, UnsupportedError
 from optimizer.runners.numpy_ops import OPERATORS
@@ -377,7 +378,7 @@ def test_an_int8_product_computes_what_the_runtime_computes(bias: bool, per_colu
     rng = np.random.default_rng(0)
     inputs = {
         "a": rng.integers(0, 256, (2, 3, 16)).astype(np.uint8),
-        "b": rng.integers(-128, 128, (16, 5)).astype(np.int8),
+        "b": rng.integers(-TOP, TOP + 1, (16, 5)).astype(np.int8),
         "a_scale": np.float32(0.02),
         "b_scale": rng.uniform(0.01, 0.1, 5).astype(np.float32)[: 5 if per_column else 1],
         "a_zero": np.uint8(128),
