@@ -1,6 +1,7 @@
 """CUDA kernels of SparseMatMul: built, checked and timed on this machine's GPU, in one command.
 
     python benchmarks/gpu.py [--only check|bench] [--time-limit 200] [--out FILE.json]
+                             [--calibrate CLASS]
     python benchmarks/gpu.py --emulate --only check    # on the CPU, without CUDA
 
 Needs nvcc, a GPU, PyTorch with CUDA and numpy; nothing of the package has to be installed. First
@@ -29,6 +30,7 @@ from gpu_bench import bench
 from gpu_weights import INT8, NAMES, Sparse, random_weight
 
 HOME = Path(__file__).resolve().parent
+FIGURES = HOME.parent / "optimizer" / "sparse_figures.json"
 LAYOUTS = ("mma16", "mma8", "sp16", "sp8")
 ACTIVATIONS = {
     0: lambda v: v,
@@ -171,6 +173,24 @@ def sanitize() -> Any:
     return {"rc": run.returncode, "tail": (run.stdout + run.stderr)[-300:]}
 
 
+def calibrate(rows: list[dict[str, Any]], name: str) -> None:
+    """Write the cost model's figures: [K, N, tokens, density, vs float16, vs int8].
+
+    Against int8 only int8 is measured; the other kinds are not judged by it.
+    """
+    data = json.loads(FIGURES.read_text("utf-8"))
+    data["classes"][name] = {
+        layout: [
+            [*row["shape"], row["tokens"],
+             0.5 if row["zeros"] == "2:4" else round(1 - row["zeros"], 4),
+             round(row["speedup"], 2), round(row.get("speedup_int8", row["speedup"]), 2)]
+            for row in rows if row["layout"] == layout
+        ]
+        for layout in LAYOUTS
+    }  # fmt: skip
+    FIGURES.write_text(json.dumps(data) + "\n", "utf-8")
+
+
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -178,6 +198,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="few checks, nothing written")
     parser.add_argument("--emulate", action="store_true", help="checks on the CPU, nothing written")
     parser.add_argument("--time-limit", type=float, default=200, help="seconds")
+    parser.add_argument("--calibrate", metavar="CLASS", help="write the cost model of this GPU, as")
     parser.add_argument("--out", type=Path, default=HOME / "results" / "gpu.json")
     arguments = parser.parse_args()
     if arguments.emulate and arguments.only != "check":
@@ -212,6 +233,8 @@ def main() -> int:
             results["sanitizer"] = sanitize()
             print("compute-sanitizer:", results["sanitizer"], flush=True)
             save()
+            if arguments.calibrate:
+                calibrate(results["rows"], arguments.calibrate)
     return 1 if failed else 0
 
 

@@ -1,4 +1,8 @@
-"""Times of the CUDA kernels of SparseMatMul against dense products, taking turns."""
+"""Times of the CUDA kernels of SparseMatMul against dense products, taking turns.
+
+The dense products are cuBLAS' in float16, and in int8 without what makes codes of x and numbers of
+the sums, which the sparse product does.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,8 @@ from gpu_weights import INT8, Sparse, random_weight
 
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096), (8192, 8192), (4096, 14336))
 ZEROS = (0.5, 0.6, 0.7, 0.8)
-DECODE, PREFILL = (1, 4, 8, 16), (64, 512, 2048)
+DECODE, PREFILL = (1, 4, 8, 16, 64), (512, 2048)
+LEAST_INT8 = 32  # rows that torch multiplies int8 by: fewer are padded
 CACHE = 400e6  # bytes of dense copies: more than the second-level cache of any GPU
 BASE = 256  # columns that are packed; a weight has them several times side by side
 ROUNDS = 20
@@ -100,6 +105,11 @@ def row_of(
         "layout": layout, "shape": [k, n], "zeros": zeros, "tokens": tokens,
         "byte_ratio": 2 * k * n / sparse[0].nbytes,
     }  # fmt: skip
+    if layout in INT8:
+        rows = max(tokens, LEAST_INT8)
+        codes = torch.randint(-127, 128, (rows, k), device=DEVICE, dtype=torch.int8)
+        turned = [w.to(torch.int8).T.contiguous().T for w in dense]
+        contenders["cublas_int8"] = [functools.partial(torch._int_mm, codes, w) for w in turned]  # noqa: SLF001
     times = in_turns(**contenders)
     if layout == "sp16":
         theirs = semi_structured(dense, x)
@@ -111,6 +121,8 @@ def row_of(
         row[f"{name}_us"] = statistics.median(values)
         row[f"{name}_spread_us"] = [min(values), max(values)]
     row["speedup"] = row["cublas_us"] / row["sparse_us"]
+    if layout in INT8:
+        row["speedup_int8"] = row["cublas_int8_us"] / row["sparse_us"]
     row["GBps"] = sparse[0].nbytes / row["sparse_us"] / 1e3
     return row
 

@@ -1,7 +1,8 @@
 """When a sparse product is faster than the dense one it replaces: measured, per class of machine.
 
-A figure is the time of ONNX Runtime's dense product divided by that of ``SparseMatMul``, on one
-core (``benchmarks/sparse.py --calibrate``). Between measured sizes, densities and numbers of tokens
+A figure is the time of a dense product divided by that of ``SparseMatMul``: of ONNX Runtime's on
+one core of a CPU (``benchmarks/sparse.py --calibrate``), of cuBLAS on a GPU (``benchmarks/gpu.py
+--calibrate``). Between measured sizes, densities and numbers of tokens
 the lowest neighbour counts; smaller or denser weights than the measured ones are not known.
 """
 
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Literal
 
 Precision = Literal["fp32", "int8"]
+#: What was measured: a precision on a CPU, a layout of ``optimizer.custom_ops`` on a GPU.
+Kind = Literal["fp32", "int8", "mma16", "mma8", "sp16", "sp8"]
 
 _AVX512 = ("avx512_vnni", "avx512vbmi", "avx512_vbmi2", "avx512bw", "avx512vl", "avx512dq")
 #: From the most capable on. A machine is of the first class whose flags it has.
@@ -27,6 +30,9 @@ CLASSES: dict[str, frozenset[str]] = {
     "neon": frozenset({"asimddp"}),
     "other": frozenset(),
 }
+_INT8 = frozenset({"int8", "mma8", "sp8"})
+#: GPUs by name: how the speeds of memory and multiprocessors compare decides.
+GPUS = ("h100",)
 #: ONNX Runtime's dense products use these where they are: what was measured against its AVX2
 #: kernels says nothing there.
 _BEYOND_AVX2 = frozenset({"avx512f", "avx_vnni"})
@@ -45,7 +51,7 @@ class Figure:
     n: int
     tokens: int
     density: float
-    vs_fp32: float
+    vs_float: float
     vs_int8: float
 
 
@@ -80,28 +86,35 @@ def machine_class(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     return "other" if name == "avx2" and flags & _BEYOND_AVX2 else name
 
 
+def kind_of(layout: str) -> Kind:
+    """What was measured of a layout of ``optimizer.custom_ops``."""
+    kinds: dict[str, Kind] = {"n64k1": "fp32", "n16k4": "int8"}
+    others: dict[str, Kind] = {"mma16": "mma16", "mma8": "mma8", "sp16": "sp16", "sp8": "sp8"}
+    return (kinds | others)[layout]
+
+
 def refusal(
     machine: str,
-    precision: Precision,
+    kind: Kind,
     shape: tuple[int, int],
     tokens: tuple[int, ...],
     density: float,
 ) -> str | None:
     """None where the sparse product is faster for every number of tokens, else why not.
 
-    An int8 product must beat ONNX Runtime's dense int8 and float32 products, a float32 one the
-    float32 product.
+    An int8 product must beat the dense int8 and float products, a float one the float product, of
+    ONNX Runtime (float32) on CPUs and of cuBLAS (float16) on GPUs.
 
     Args:
         machine: A class.
-        precision: Of the sparse product.
+        kind: Of the sparse product.
         shape: [K, N] of the weight.
         tokens: Rows of x per run.
         density: Share of the weights that is stored.
     """
-    rows = figures().get(machine, {}).get(precision)
+    rows = figures().get(machine, {}).get(kind)
     if not rows:
-        return f"{precision} was not measured on machines of class '{machine}'"
+        return f"{kind} was not measured on machines of class '{machine}'"
     size = shape[0] * shape[1]
     smallest = min(row.k * row.n for row in rows)
     if size < smallest:
@@ -109,9 +122,9 @@ def refusal(
     if density > (densest := max(row.density for row in rows)) + _ROUNDING:
         return f"{density:.0%} of its weights are not zero; measured up to {densest:.0%}"
     for count in tokens:
-        vs_fp32, vs_int8 = _worst_nearby(rows, size, count, density)
-        dense, gain = ("fp32", vs_fp32)
-        if precision == "int8" and vs_int8 < gain:
+        vs_float, vs_int8 = _worst_nearby(rows, size, count, density)
+        dense, gain = ("fp16" if machine in GPUS else "fp32", vs_float)
+        if kind in _INT8 and vs_int8 < gain:
             dense, gain = "int8", vs_int8
         if gain < MARGIN:
             return (
@@ -124,7 +137,7 @@ def refusal(
 def _worst_nearby(
     rows: tuple[Figure, ...], size: int, tokens: int, density: float
 ) -> tuple[float, float]:
-    """The lowest gains over fp32 and int8 of the measurements around a point.
+    """The lowest gains over float and int8 of the measurements around a point.
 
     Those of the next smaller and larger sizes and numbers of tokens, at the next higher density:
     fewer stored weights are never slower.
@@ -137,7 +150,7 @@ def _worst_nearby(
         for row in rows
         if row.density == at_least and row.k * row.n in sizes and row.tokens in counts
     ]
-    return min(row.vs_fp32 for row in near), min(row.vs_int8 for row in near)
+    return min(row.vs_float for row in near), min(row.vs_int8 for row in near)
 
 
 def _neighbours(values: set[int], value: int) -> set[int]:

@@ -1,27 +1,17 @@
-"""Linear layers that ``SparseMatMul`` can take the place of, and the replacement."""
+"""Linear layers that ``SparseMatMul`` can take the place of, and the layout of each."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from dataclasses import replace as changed
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from optimizer import graph as graphs
-from optimizer.arrays import contiguous_copy
-from optimizer.custom_ops.declaration import (
-    DOMAIN,
-    FLOOR,
-    MAX_K_INT8,
-    OP_TYPE,
-    VERSION,
-    body,
-    declaration_hash,
-    overload,
-)
-from optimizer.custom_ops.packing import pack
+from optimizer.custom_ops.cuda_layout import check_24
+from optimizer.custom_ops.declaration import FLOOR, MAX_K_INT8
+from optimizer.half_weights import HALF_TYPES
 from optimizer.linear_layers import SHARED, is_shared, layer_name, linear_at, matches
 from optimizer.nodes import dims, node_of, operand, operands, optional, other, reader, users
 from optimizer.pass_base import Skip
@@ -30,6 +20,9 @@ from optimizer.structure import Linear
 
 #: The first opset with the operator Gelu, which a body with that activation contains.
 GELU_OPSET = 20
+#: Below this density a bitmap and the values are read faster than pairs of four, half of them
+#: zeros (benchmarks/results/gpu.json: 1.5 times as fast as dense, as a bitmap is at 0.2).
+_PAIRS = 0.25
 _OVERFLOW = f"sums of more than {MAX_K_INT8} int8 products may overflow"
 
 
@@ -41,6 +34,8 @@ class Layer:
         name: Of its weight.
         linear: The canonical layer; ``output`` is what is replaced.
         int8: Whether the product is done in int8.
+        dtype: Of input and output.
+        layout: Of the weight that is to be stored.
         codes: Initializer int8 [K, N] and ...
         scale: ... float32 [N], of a layer that is int8 already.
         x_scale: Of its input, one number.
@@ -56,15 +51,24 @@ class Layer:
     int8: bool
     activation: str
     output: ir.Value
+    dtype: ir.DataType = ir.DataType.FLOAT
+    layout: str = ""
     codes: ir.Value | None = None
     scale: ir.Value | None = None
     x_scale: ir.Value | None = None
 
 
 def find_layers(
-    model: ir.Model, precision: str, exclude: tuple[str, ...]
+    model: ir.Model, precision: str, exclude: tuple[str, ...], device: str = "cpu"
 ) -> tuple[list[Layer], list[Skip]]:
-    """Layers of the main graph in order, and those that cannot be replaced, with the reason."""
+    """Layers of the main graph in order, and those that cannot be replaced, with the reason.
+
+    Args:
+        model: A canonical graph.
+        precision: "int8" rounds the weights of float layers.
+        exclude: Patterns of names of weights.
+        device: "cpu" multiplies float32, "cuda" float16 or bfloat16; both int8.
+    """
     layers: list[Layer] = []
     skipped: list[Skip] = []
     for node in model.graph:
@@ -72,10 +76,52 @@ def find_layers(
         if isinstance(found, Layer) and matches(found.linear, exclude):
             found = "excluded"
         if isinstance(found, Layer):
-            layers.append(_with_activation(found, model.graph.opset_imports.get("", 23)))
+            found = _with_activation(found, model.graph.opset_imports.get("", 23))
+            found = _for_device(found if device == "cpu" else _narrowed(found), device)
+        if isinstance(found, Layer):
+            layers.append(found)
         elif found is not None:
             skipped.append(Skip(layer_name(node), found))
     return layers, skipped
+
+
+def _narrowed(layer: Layer) -> Layer:
+    """The int8 layer with the Casts around it, where it is float32 between 16 bits.
+
+    So the operator's own body is spelled, of which input and output are of 16 bits.
+    """
+    widen = node_of(operand(layer.reader), "Cast") if layer.dtype == ir.DataType.FLOAT else None
+    narrow = reader(layer.output, "Cast")
+    if not layer.int8 or widen is None or narrow is None:
+        return layer
+    dtype = operand(widen).dtype
+    if dtype not in HALF_TYPES or narrow.outputs[0].dtype != dtype:
+        return layer
+    return changed(layer, reader=widen, output=narrow.outputs[0], dtype=dtype)
+
+
+def _for_device(layer: Layer, device: str) -> Layer | str:
+    """The layer with the layout of the device's kernel, or why there is none."""
+    if device == "cpu":
+        if layer.dtype != ir.DataType.FLOAT:
+            return f"it computes in {layer.dtype.name}, expected FLOAT"
+        return changed(layer, layout="n16k4" if layer.int8 else "n64k1")
+    if layer.dtype not in HALF_TYPES:
+        return (
+            f"it computes in {layer.dtype.name}; CUDA kernels take FLOAT16 or BFLOAT16: put fp16 "
+            "or bf16 before sparse-matmul"
+        )
+    pairs = _in_pairs(layer) and measured_density(layer) > _PAIRS
+    return changed(layer, layout=("sp" if pairs else "mma") + ("8" if layer.int8 else "16"))
+
+
+def _in_pairs(layer: Layer) -> bool:
+    weight = graphs.const(layer.codes or layer.linear.weight)
+    try:
+        check_24(np.empty((0, 0)) if weight is None else weight)
+    except ValueError:
+        return False
+    return weight is not None
 
 
 def _float_at(node: ir.Node, precision: str) -> Layer | str | None:
@@ -85,12 +131,14 @@ def _float_at(node: ir.Node, precision: str) -> Layer | str | None:
     if is_shared(linear):
         return SHARED
     tensor = graphs.constant(linear.weight)
-    if tensor is None or tensor.dtype != ir.DataType.FLOAT:
+    if tensor is None or tensor.dtype not in (ir.DataType.FLOAT, *HALF_TYPES):
         return f"its weight is {tensor.dtype.name if tensor else 'unknown'}, expected FLOAT"
     int8 = precision == "int8"
     if int8 and _rows(linear.weight) > MAX_K_INT8:
         return _OVERFLOW
-    return Layer(str(linear.weight.name), linear, node, int8, "none", linear.output)
+    return Layer(
+        str(linear.weight.name), linear, node, int8, "none", linear.output, dtype=tensor.dtype
+    )
 
 
 def _rows(weight: ir.Value) -> int:
@@ -122,10 +170,17 @@ def _int8_at(node: ir.Node) -> Layer | str | None:
         int8=True,
         activation="none",
         output=linear.output,
+        dtype=_type_of(operand(quantize, 1)),
         codes=codes,
         scale=dequantize.inputs[1],
         x_scale=operand(quantize, 1),
     )
+
+
+def _type_of(value: ir.Value) -> ir.DataType:
+    """Of a constant."""
+    tensor = graphs.constant(value)
+    return ir.DataType.UNDEFINED if tensor is None else tensor.dtype
 
 
 def _quantize(left: ir.Value, linear: Linear) -> ir.Node | str:
@@ -259,7 +314,7 @@ def _with_activation(layer: Layer, opset: int) -> Layer:
 def shape_of(layer: Layer) -> tuple[int, int]:
     """[K, N] of the weight."""
     weight = graphs.const(layer.codes or layer.linear.weight)
-    assert weight is not None  # noqa: S101  (a layer has a constant weight)
+    assert weight is not None  # noqa: S101 - a layer has a constant weight
     return weight.shape[0], weight.shape[1]
 
 
@@ -267,78 +322,3 @@ def measured_density(layer: Layer) -> float:
     """Share of the weights that is not zero."""
     weight = graphs.const(layer.codes or layer.linear.weight)
     return 0.0 if weight is None or not weight.size else float(np.mean(weight != 0))
-
-
-def replace(model: ir.Model, layer: Layer) -> int:
-    """Put the operator in the layer's place; returns the bytes of the stored weight."""
-    graph, linear = model.graph, layer.linear
-    codes, scale = _numbers(layer)
-    layout = "n16k4" if layer.int8 else "n64k1"
-    packed = pack(codes, layout)
-    n = codes.shape[1]
-
-    def constant(part: str, array: np.ndarray) -> ir.Value:
-        return graphs.add_initializer(graph, f"{layer.name}.{part}", contiguous_copy(array))
-
-    inputs = [
-        operand(layer.reader),
-        constant("bitmap", packed.bitmap),
-        constant("values", packed.values),
-        constant("offsets", packed.offsets),
-    ]
-    if linear.bias is not None:
-        bias = graphs.const(linear.bias)
-        inputs.append(
-            constant("bias", bias) if bias is not None and bias.ndim != 1 else linear.bias
-        )
-    elif layer.int8:
-        inputs.append(constant("bias", np.zeros(n, np.float32)))
-    if scale is not None:
-        inputs.append(constant("scale", scale))
-    if layer.x_scale is not None:
-        number = np.array([graphs.scalar(layer.x_scale)], np.float32)
-        inputs.append(constant("x_scale", number))
-    attributes: dict[str, Any] = {
-        "K": codes.shape[0],
-        "N": n,
-        "layout": layout,
-        "activation": layer.activation,
-        "num_inputs": len(inputs),
-        "declaration": declaration_hash(),
-    }
-    anchor = layer.output.producer()
-    output = graphs.insert(
-        graph, anchor, OP_TYPE, inputs, attributes, domain=DOMAIN,
-        name=f"{linear.matmul.name or layer.name}/sparse",
-        dtype=ir.DataType.FLOAT, shape=layer.output.shape,
-    )  # fmt: skip
-    node = output.producer()
-    if node is not None:
-        node.overload = overload(layout, layer.activation, len(inputs))
-    graphs.replace_value(layer.output, output, keep_name=True)
-    define(model, layout, layer.activation, len(inputs))
-    return packed.nbytes
-
-
-def _numbers(layer: Layer) -> tuple[np.ndarray, np.ndarray | None]:
-    """The weight [K, N] to store, and its scales [N] if it is int8."""
-    if layer.codes is not None:
-        codes, scale = graphs.const(layer.codes), graphs.const(layer.scale)
-        assert codes is not None  # noqa: S101  (found by _int8_at)
-        return codes, scale
-    weight = graphs.const(layer.linear.weight)
-    assert weight is not None  # noqa: S101  (found by _float_at)
-    if not layer.int8:
-        return weight, None
-    top = np.abs(weight).max(axis=0)
-    scale = np.where(top > 0, top / 127, 1).astype(np.float32)
-    return np.rint(weight / scale).astype(np.int8), scale
-
-
-def define(model: ir.Model, layout: str, activation: str, inputs: int) -> None:
-    """Add the body of a form of the operator to the model's functions."""
-    opset = model.graph.opset_imports.get("", 23)
-    function = body(layout, activation, inputs, opset)
-    model.functions.setdefault(function.identifier(), function)
-    model.graph.opset_imports.setdefault(DOMAIN, VERSION)
-    model.ir_version = max(model.ir_version, 10)  # the first with overloads

@@ -2,15 +2,15 @@
 
 Rewrite:      y = act(x W + b)  ->  y = SparseMatMul(x, bitmap, values, offsets, b), the operator of
               optimizer.custom_ops, with its body in standard operators as a function of the model
-Applies when: 1. the layer is a float32 MatMul by a constant [K, N], or an int8 one with one static
-              scale for its input;
-              2. the target is ort-cpu;
-              3. the measured cost model of the machine's class says that it is faster than the
+Applies when: 1. the layer is a MatMul by a constant [K, N], or an int8 one with one static scale
+              for its input; in float32 for ort-cpu, in 16 bits for targets on GPUs;
+              2. the measured cost model of the machine's class says that it is faster than the
               dense layer, for every number of tokens that is asked for.
 Exactness:    reassociated with precision=fp32. With precision=int8 a float layer is rounded: one
               symmetric scale per output channel and per token.
-Cost:         bytes: 1 bit per weight, and 4 (fp32) or 1 (int8) per weight that is not zero.
-Source:       ours; figures in benchmarks/results/sparse_{avx2,avx512,amx}.json.
+Cost:         bytes: 1 bit per weight, and 4 (fp32), 2 (16 bits) or 1 (int8) per weight that is not
+              zero; on GPUs weights of 2:4 sparsity are stored as pairs and metadata for mma.sp.
+Source:       ours; figures in benchmarks/results/sparse_{avx2,avx512,amx}.json and gpu.json.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from optimizer.custom_ops.declaration import DOMAIN, OP_TYPE
 from optimizer.gate import LEFT_OUT
 from optimizer.graph import remove_dead
 from optimizer.pass_base import Context, Exactness, GraphPass, PassOptions, Report, Skip
-from optimizer.sparse_layers import Layer, find_layers, measured_density, replace, shape_of
+from optimizer.sparse_layers import Layer, find_layers, measured_density, shape_of
+from optimizer.sparse_replacement import replace
+from optimizer.targets import get_target
 
 #: Tokens per run that a layer is judged by: decoding and a prompt, or one run of all tokens.
 DECODER, ENCODER = (1, 128), (128,)
@@ -36,8 +38,9 @@ class Options(PassOptions):
 
     precision: sparse_cost.Precision = Field(
         "fp32",
-        description="Of the products: 'fp32', or 'int8' (weights with a scale per output channel, "
-        "activations per token). Layers that are int8 already stay int8.",
+        description="Of the products: 'fp32' (on GPUs the layer's own float16 or bfloat16), or "
+        "'int8' (weights with a scale per output channel, activations per token). Layers that are "
+        "int8 already stay int8.",
     )
     tokens: tuple[int, ...] = Field(
         (),
@@ -46,8 +49,8 @@ class Options(PassOptions):
     )
     machine: str = Field(
         "this",
-        description="Class of the machine that will run it: 'this', "
-        + ", ".join(f"'{name}'" for name in sparse_cost.CLASSES)
+        description="Class of the machine that will run it: 'this' (a CPU), "
+        + ", ".join(f"'{name}'" for name in (*sparse_cost.CLASSES, *sparse_cost.GPUS))
         + ".",
     )
     force: bool = Field(
@@ -71,8 +74,9 @@ class Options(PassOptions):
     @field_validator("machine")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value != "this" and value not in sparse_cost.CLASSES:
-            msg = f"expected 'this' or one of {', '.join(sparse_cost.CLASSES)}"
+        known = ("this", *sparse_cost.CLASSES, *sparse_cost.GPUS)
+        if value not in known:
+            msg = f"expected one of {', '.join(known)}"
             raise ValueError(msg)
         return value
 
@@ -93,14 +97,16 @@ class SparseMatMul(GraphPass[Options]):
 
     def call(self, model: ir.Model, context: Context) -> Report:
         """Replace layers, in place."""
-        layers, skipped = find_layers(model, self.options.precision, self.options.exclude)
+        device = get_target(context.target).device
+        layers, skipped = find_layers(model, self.options.precision, self.options.exclude, device)
         machine = self.options.machine
-        machine = sparse_cost.machine_class() if machine == "this" else machine
+        if machine == "this" and device == "cpu":
+            machine = sparse_cost.machine_class()
         tokens = self.options.tokens or _tokens(model)
         sites: list[dict[str, Any]] = []
         for layer in layers:
             density = measured_density(layer)
-            reason = self._refusal(layer, context, machine, tokens, density)
+            reason = self._refusal(layer, machine, tokens, density)
             if reason is None and not context.gate.allow(layer.name):
                 reason = LEFT_OUT
             if reason is not None:
@@ -108,7 +114,13 @@ class SparseMatMul(GraphPass[Options]):
                 continue
             nbytes = replace(model, layer)
             sites.append(
-                {"weight": layer.name, "density": density, "bytes": nbytes, "int8": layer.int8}
+                {
+                    "weight": layer.name,
+                    "density": density,
+                    "bytes": nbytes,
+                    "int8": layer.int8,
+                    "layout": layer.layout,
+                }
             )
         if sites:
             remove_dead(model)
@@ -121,14 +133,17 @@ class SparseMatMul(GraphPass[Options]):
         )
 
     def _refusal(
-        self, layer: Layer, context: Context, machine: str, tokens: tuple[int, ...], density: float
+        self, layer: Layer, machine: str, tokens: tuple[int, ...], density: float
     ) -> str | None:
-        if context.target != "ort-cpu":
-            return f"target '{context.target}' has no measured kernel; it stays dense"
         if self.options.force:
             return None
-        precision: sparse_cost.Precision = "int8" if layer.int8 else "fp32"
-        return sparse_cost.refusal(machine, precision, shape_of(layer), tokens, density)
+        if machine == "this":
+            return (
+                "whether it is faster depends on the GPU that will run it: name it with machine= "
+                f"(measured: {', '.join(sparse_cost.GPUS)}), or give force=true"
+            )
+        kind = sparse_cost.kind_of(layer.layout)
+        return sparse_cost.refusal(machine, kind, shape_of(layer), tokens, density)
 
 
 def _tokens(model: ir.Model) -> tuple[int, ...]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from optimizer.custom_ops.declaration import BITMAP_BYTES, LAYOUTS, TILE, Layout
-from optimizer.custom_ops.packing import Packed, to_tiles
+from optimizer.custom_ops.declaration import BITMAP_BYTES, LAYOUTS, METADATA_LAYOUTS, TILE, Layout
+from optimizer.custom_ops.packing import Packed, to_tiles, unpack
 
 #: Values of a tile begin at multiples of this many bytes.
 ALIGNMENT = 16
@@ -44,6 +44,43 @@ def pack_cuda(weight: np.ndarray, layout: str) -> Packed:
         msg = f"layout {layout} stores values of {VALUE_BYTES[layout]} bytes, got {weight.dtype}"
         raise ValueError(msg)
     return _pack_24(weight) if layout in ("sp16", "sp8") else _pack_bitmap(weight, LAYOUTS[layout])
+
+
+def unpack_cuda(packed: Packed, layout: str, k: int, n: int) -> np.ndarray:
+    """The weight [k, n] of a stored form.
+
+    Raises:
+        ValueError: The arrays contradict each other.
+    """
+    if layout not in METADATA_LAYOUTS:
+        return unpack(packed, layout, k, n)
+    form = METADATA_LAYOUTS[layout]
+    rows, columns = -(-k // TILE), -(-n // TILE)
+    tiles = rows * columns
+    if packed.bitmap.shape != (tiles, BITMAP_BYTES) or packed.values.size != tiles * VALUES_24:
+        msg = (
+            f"a weight [{k}, {n}] has {tiles} tiles: metadata {packed.bitmap.shape} and "
+            f"{packed.values.size} values do not fit, expected ({tiles}, {BITMAP_BYTES}) and "
+            f"{tiles * VALUES_24}"
+        )
+        raise ValueError(msg)
+    octets = packed.bitmap.view(np.uint8)
+    halves = np.stack([octets % 16, octets // 16], axis=-1).reshape(tiles, *form.nibbles)
+    nibbles = halves.transpose(0, *(1 + i for i in form.nibbles_perm)).reshape(tiles, TILE, -1)
+    places = np.stack([nibbles % 4, nibbles // 4], axis=-1)
+    if (places[..., 0] >= places[..., 1]).any():
+        msg = f"tile {int(np.argwhere(places[..., 0] >= places[..., 1])[0, 0])}: unsound metadata"
+        raise ValueError(msg)
+    values = packed.values.reshape(tiles, *form.values)
+    values = values.transpose(0, *(1 + i for i in form.values_perm)).reshape(places.shape)
+    fours = np.zeros((*nibbles.shape, 4), packed.values.dtype)
+    np.put_along_axis(fours, places.astype(np.int64), values, axis=-1)
+    squares = fours.reshape(columns, rows, TILE, TILE).transpose(1, 3, 0, 2)
+    whole = squares.reshape(rows * TILE, columns * TILE)
+    if whole[k:].any() or whole[:, n:].any():
+        msg = f"there are values outside of [{k}, {n}]"
+        raise ValueError(msg)
+    return np.ascontiguousarray(whole[:k, :n])
 
 
 def most_values(packed: Packed) -> int:

@@ -69,9 +69,60 @@ LAYOUTS: dict[str, Layout] = {
         Layout("mma8", (4, 4, 2, 8, 4, 4), (4, 1, 5, 0, 2, 3), int8=True, device="cuda"),
     )
 }
-#: Values and metadata of 2:4 sparsity along K instead of values and a bitmap: in the order of
-#: optimizer.custom_ops.cuda_layout, and without a body. A new order needs a new number.
-METADATA_LAYOUTS = {"sp16": 1, "sp8": 1}
+
+
+@dataclass(frozen=True)
+class MetadataLayout:
+    """Order of a tile's 2048 values and 1024 nibbles of 2:4 sparsity along K.
+
+    Every four neighbours along K have two values and a nibble: the place of the first among the
+    four in bits 0 and 1, that of the second in bits 2 and 3.
+
+    Attributes:
+        values: The values, as an array of these dimensions ...
+        values_perm: ... give [64 (n), 16 (fours along k), 2] when transposed by this and reshaped.
+        nibbles: The nibbles, those of a byte's lower half first, of these dimensions ...
+        nibbles_perm: ... give [64 (n), 16 (fours along k)].
+        int8: Whether the values are int8 with one scale per column.
+        version: Of the order.
+        device: "cuda".
+    """
+
+    name: str
+    values: tuple[int, ...]
+    values_perm: tuple[int, ...]
+    nibbles: tuple[int, ...]
+    nibbles_perm: tuple[int, ...]
+    int8: bool = False
+    version: int = 1
+    device: str = "cuda"
+
+
+#: Instead of values and a bitmap: what ``mma.sp`` takes (optimizer.custom_ops.cuda_layout).
+METADATA_LAYOUTS: dict[str, MetadataLayout] = {
+    layout.name: layout
+    for layout in (
+        # values [nb, s, g, t, q, h, 2] with fours (s, q, t); nibbles [g, s, u, nb, h, 4]
+        MetadataLayout(
+            "sp16", (4, 2, 8, 4, 2, 2, 2), (0, 5, 2, 1, 4, 3, 6), (8, 2, 2, 4, 2, 4),
+            (3, 4, 0, 1, 2, 5),
+        ),
+        # values [nb, g, t, q, h, r, 2] with fours (q, t, r); nibbles [g, v, h, nb, 8]
+        MetadataLayout(
+            "sp8", (4, 8, 4, 2, 2, 2, 2), (0, 4, 1, 3, 2, 5, 6), (8, 2, 2, 4, 8),
+            (3, 2, 0, 1, 4), int8=True,
+        ),
+    )
+}  # fmt: skip
+
+
+def layout_of(name: str) -> Layout | MetadataLayout:
+    """The layout of a name.
+
+    Raises:
+        KeyError: There is none.
+    """
+    return LAYOUTS[name] if name in LAYOUTS else METADATA_LAYOUTS[name]
 
 
 def declaration_hash() -> int:
@@ -84,7 +135,7 @@ def declaration_hash() -> int:
         "tile": TILE,
         "floor": FLOOR,
         "layouts": [[x.name, x.dims, x.perm, x.int8, x.device] for x in LAYOUTS.values()],
-        "metadata_layouts": METADATA_LAYOUTS,
+        "metadata_layouts": {x.name: x.version for x in METADATA_LAYOUTS.values()},
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
@@ -110,6 +161,9 @@ class _Body:
         tensor = ir.tensor(np.array(value, dtype))
         return self.op("Constant", value=tensor)
 
+    def float32(self, value: ir.Value) -> ir.Value:
+        return self.op("Cast", value, to=ir.DataType.FLOAT.value)
+
     def attribute(self, name: str) -> ir.Value:
         """An int attribute of the operator as int64 [1]."""
         node = ir.Node(
@@ -125,16 +179,18 @@ def body(
     """The operator as a function of standard operators.
 
     Args:
-        layout: A name of ``LAYOUTS``.
+        layout: A name of ``LAYOUTS`` or ``METADATA_LAYOUTS``. The body of a layout of CUDA computes
+            in float32 whatever the type of x is, as the kernels do, and rounds the result once.
         activation: One of ``ACTIVATIONS``.
         inputs: How many of ``INPUTS`` there are: 4 or 5, for int8 values 6 or 7.
         opset: Of the model: 18 or later, 20 or later with a Gelu.
-        decoded: Whether W [K, N] itself comes in the place of the bitmap.
+        decoded: Whether W [K, N] itself comes in the place of the bitmap. A float product is then
+            one of the type of x, from which the operator was made.
 
     Raises:
         ValueError: There is no such form.
     """
-    form = LAYOUTS[layout]
+    form = layout_of(layout)
     if activation not in ACTIVATIONS or inputs not in ((6, 7) if form.int8 else (4, 5)):
         msg = f"SparseMatMul has no form {overload(layout, activation, inputs)}"
         raise ValueError(msg)
@@ -142,10 +198,17 @@ def body(
     given = dict(zip(INPUTS, values, strict=False))
     b = _Body()
     weight = given["bitmap"] if decoded else _decode(b, form, given)
+    x = given["x"]
+    narrow = form.device == "cuda" and (form.int8 or not decoded)
+    if narrow:
+        given |= {name: b.float32(given[name]) for name in ("x", "bias") if name in given}
+        weight = weight if form.int8 else b.float32(weight)
     y = _int8_product(b, given, weight) if form.int8 else b.op("MatMul", given["x"], weight)
     if "bias" in given:
         y = b.op("Add", y, given["bias"])
     y = _activate(b, y, activation)
+    if narrow:
+        y = b.op("CastLike", y, x)
     y.name = "y"
     graph = ir.Graph(values, [y], nodes=b.nodes, opset_imports={"": opset})
     attributes = [ir.Attr(n, ir.AttributeType.UNDEFINED, None) for n in ATTRIBUTES]
@@ -153,8 +216,21 @@ def body(
     return ir.Function(DOMAIN, OP_TYPE, name, graph=graph, attributes=attributes)
 
 
-def _decode(b: _Body, layout: Layout, given: dict[str, ir.Value]) -> ir.Value:
-    """W [K, N] of the values' type."""
+def _decode(b: _Body, layout: Layout | MetadataLayout, given: dict[str, ir.Value]) -> ir.Value:
+    """W [K, N]: int8, or float32 (of the values' type for the CPU's layouts)."""
+    # ONNX Runtime selects among numbers of 32 bits; where it cannot, it would decode in every run.
+    values = given["values"]
+    if layout.int8 or layout.device == "cuda":
+        wide = ir.DataType.INT32 if layout.int8 else ir.DataType.FLOAT
+        given = given | {"values": b.op("Cast", values, to=wide.value)}
+    if isinstance(layout, MetadataLayout):
+        whole = _whole(b, _pairs(b, layout, given), (TILE, TILE), (1, 3, 0, 2))
+    else:
+        whole = _by_bitmap(b, layout, given)
+    return b.op("Cast", whole, to=ir.DataType.INT8.value) if layout.int8 else whole
+
+
+def _by_bitmap(b: _Body, layout: Layout, given: dict[str, ir.Value]) -> ir.Value:
     size = TILE * TILE
     shaped = b.op("Reshape", given["bitmap"], b.const([-1, BITMAP_BYTES, 1], "int64"))
     powers = b.const([1, 2, 4, 8, 16, 32, 64, -128], "int8")
@@ -166,21 +242,44 @@ def _decode(b: _Body, layout: Layout, given: dict[str, ir.Value]) -> ir.Value:
     places = b.op("Where", stored, b.op("Add", ranks, starts), b.const(0, "int32"))
     # There is at least one value, so that place 0 can be read.
     numbers = b.op("Gather", given["values"], places, axis=0)
-    zero = b.op("CastLike", b.const(0, "float32"), given["values"])
-    tiles = b.op("Where", stored, numbers, zero)
+    tiles = b.op("Where", stored, numbers, _zero(b, given))
+    rows = _rows_of(layout)
+    order = (1, *(2 + i for i in layout.perm[:rows]), 0, *(2 + i for i in layout.perm[rows:]))
+    return _whole(b, tiles, layout.dims, order)
+
+
+def _zero(b: _Body, given: dict[str, ir.Value]) -> ir.Value:
+    return b.op("CastLike", b.const(0, "float32"), given["values"])
+
+
+def _pairs(b: _Body, layout: MetadataLayout, given: dict[str, ir.Value]) -> ir.Value:
+    """Tiles [T, 64 (n), 64 (k)] of what is stored as pairs of four."""
+    octets = b.op("Cast", given["bitmap"], to=ir.DataType.UINT8.value)
+    octets = b.op("Cast", octets, to=ir.DataType.INT32.value)
+    octets = b.op("Reshape", octets, b.const([-1, BITMAP_BYTES, 1], "int64"))
+    halves = b.op("Mod", b.op("Div", octets, b.const([1, 16], "int32")), b.const(16, "int32"))
+    shaped = b.op("Reshape", halves, b.const([-1, *layout.nibbles], "int64"))
+    nibbles = b.op("Transpose", shaped, perm=(0, *(1 + i for i in layout.nibbles_perm)))
+    nibbles = b.op("Reshape", nibbles, b.const([-1, TILE, TILE // 4, 1, 1], "int64"))
+    places = b.op("Mod", b.op("Div", nibbles, b.const([[1], [4]], "int32")), b.const(4, "int32"))
+    shaped = b.op("Reshape", given["values"], b.const([-1, *layout.values], "int64"))
+    values = b.op("Transpose", shaped, perm=(0, *(1 + i for i in layout.values_perm)))
+    values = b.op("Reshape", values, b.const([-1, TILE, TILE // 4, 2, 1], "int64"))
+    here = b.op("Equal", places, b.const([0, 1, 2, 3], "int32"))  # [T, 64, 16, 2, 4]
+    numbers = b.op("Where", here, values, _zero(b, given))
+    # At most one of the two is here.
+    return b.op("ReduceSum", numbers, b.const([3], "int64"), keepdims=0)
+
+
+def _whole(b: _Body, tiles: ir.Value, dims: tuple[int, ...], order: tuple[int, ...]) -> ir.Value:
+    """W [K, N] of the tiles [strip of columns, tile along K, *dims], transposed by ``order``."""
     one = b.const([1], "int64")
     last = b.const([TILE - 1], "int64")
     edge = b.const([TILE], "int64")
     k, n = b.attribute("K"), b.attribute("N")
     tiles_k = b.op("Div", b.op("Add", k, last), edge)
     tiles_n = b.op("Div", b.op("Add", n, last), edge)
-    inner = b.const(layout.dims, "int64")
-    shape = b.op("Concat", tiles_n, tiles_k, inner, axis=0)
-    rank = len(layout.dims)
-    rows = _rows_of(layout)
-    order = (1, *(2 + i for i in layout.perm[:rows]), 0, *(2 + i for i in layout.perm[rows:]))
-    if len(order) != rank + 2:  # pragma: no cover
-        raise AssertionError(order)
+    shape = b.op("Concat", tiles_n, tiles_k, b.const(dims, "int64"), axis=0)
     turned = b.op("Transpose", b.op("Reshape", tiles, shape), perm=order)
     whole = b.op("Concat", b.op("Mul", tiles_k, edge), b.op("Mul", tiles_n, edge), axis=0)
     padded = b.op("Reshape", turned, whole)

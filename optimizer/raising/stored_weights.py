@@ -11,14 +11,16 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from optimizer import graph as graphs
+from optimizer.custom_ops.cuda_layout import unpack_cuda
 from optimizer.custom_ops.declaration import (
     DOMAIN,
     LAYOUTS,
+    METADATA_LAYOUTS,
     OP_TYPE,
     body,
     declaration_hash,
 )
-from optimizer.custom_ops.packing import Packed, unpack
+from optimizer.custom_ops.packing import Packed
 from optimizer.raising.base import RuleReport, attempt, opset_of
 
 
@@ -33,12 +35,13 @@ def _decode(model: ir.Model, node: ir.Node) -> bool:
     attributes = node.attributes
     layout = attributes.get_string("layout", "")
     k, n = attributes.get_int("K", 0), attributes.get_int("N", 0)
-    known = attributes.get_int("declaration", 0) == declaration_hash() and layout in LAYOUTS
+    known = layout in LAYOUTS or layout in METADATA_LAYOUTS
+    known &= attributes.get_int("declaration", 0) == declaration_hash()
     if not known or any(array is None for array in arrays):
         return False
     packed = Packed(*(array for array in arrays if array is not None))
     try:
-        weight = unpack(packed, layout, k, n)
+        weight = unpack_cuda(packed, layout, k, n)
         function = body(
             layout, attributes.get_string("activation", ""), len(node.inputs), opset_of(model),
             decoded=True,
