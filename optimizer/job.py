@@ -16,6 +16,7 @@ import onnx_ir as ir
 from optimizer import frontends
 from optimizer.benchmark import BenchmarkResult, Setup, benchmark
 from optimizer.calibration import Calibration, input_specs
+from optimizer.custom_ops.bodies import plugins_of
 from optimizer.data_files import count_files
 from optimizer.errors import BudgetError, OptionError
 from optimizer.export.onnx_file import manifest_path, write_result, write_text
@@ -29,6 +30,7 @@ from optimizer.pipeline import Data, Run, require_data
 from optimizer.recipe import Recipe, to_toml
 from optimizer.report import RunReport, make_manifest
 from optimizer.samples import SampleSpec, is_past, load_samples
+from optimizer.targets import get_target
 
 #: A path, ``hf:DIR-or-ID``, ``package.module:factory``, a model in memory, or a torch module.
 ModelSpec: TypeAlias = Any
@@ -368,12 +370,14 @@ class Job:
                 outputs=outputs,
                 data=digests,
                 kv_cache=cache or None,
+                plugins=plugins_of(model),
             ),
             external_data=self._external_data(hashes.paths),
             force=self.request.force,
             protected=hashes.paths,
             sources=hashes.paths[1:],
             progress=self.listener.progress,
+            bodies=get_target(settings.target).runtime == "onnxruntime",
         )
         if self.request.save_recipe is not None:
             write_text(self.request.save_recipe, to_toml(self.recipe))

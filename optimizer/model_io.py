@@ -17,6 +17,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from optimizer import model_input, notes, onnx_wire, sparse_input
+from optimizer.custom_ops.bodies import restore_bodies
 from optimizer.errors import ModelError, OptimizerError, OptionError
 from optimizer.hashing import BackgroundHashes, hash_file
 from optimizer.model_functions import check_functions
@@ -74,6 +75,7 @@ def load_model(
         _check_file(path)
         model = _read(path)
         model_input.check_versions(model)
+        restore_bodies(model)
         check_functions(model)
         model_input.check_wiring(model)
         model_input.sort_nodes(model)

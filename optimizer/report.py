@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,6 +160,7 @@ def make_manifest(
     outputs: Sequence[tuple[str, str]],
     data: dict[str, str],
     kv_cache: dict[str, Any] | None,
+    plugins: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """The content of the manifest file.
 
@@ -172,6 +173,7 @@ def make_manifest(
         outputs: The same of the files written.
         data: Digest of the calibration and evaluation data.
         kv_cache: Which layers' caches live where, if the layout was changed.
+        plugins: Operators of our own that the model has.
     """
     return {
         "manifest": 1,
@@ -181,6 +183,7 @@ def make_manifest(
         "outputs": [{"file": name, "sha256": digest} for name, digest in outputs],
         "data_sha256": data,
         "kv_cache": kv_cache,
+        "plugins": list(plugins),
         "statistics": [row.statistics() for row in report.rows],
         "drift": None if report.drift is None else report.drift.as_dict(),
         "samples": report.samples,

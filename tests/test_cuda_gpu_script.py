@@ -89,7 +89,7 @@ def test_what_a_benchmark_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     lib = cuda_emulated.library()
     gpu_bench.bench(lib, list(gpu.LAYOUTS), results, lambda: saved.append(1), float("inf"))
     rows = results["rows"]
-    assert len(rows) == 2 * 4 * 4 + 2 * 5
+    assert len(rows) == 2 * 4 * 5 + 2 * 6
     assert len(saved) == 2 * 4 + 2
     for row in rows:
         assert row["speedup"] == 2

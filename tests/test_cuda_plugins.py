@@ -15,12 +15,19 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import rule_case
 from onnx import TensorProto, helper, numpy_helper
 
+from optimizer import graph as graphs
+from optimizer.custom_ops.bodies import left_out
 from optimizer.custom_ops.cuda_layout import pack_cuda
 from optimizer.custom_ops.declaration import DOMAIN, OP_TYPE, declaration_hash
+from optimizer.pass_base import Context
+from passes.fp16 import Fp16
+from passes.sparse_matmul import Options, SparseMatMul
 
 ROOT = Path(__file__).resolve().parent.parent
 NVCC = shutil.which("nvcc")
@@ -191,6 +198,31 @@ def build_engine(proto: onnx.ModelProto, built: Path, folder: Path) -> tuple[lis
 @needs_nvcc
 def test_engine_holds_the_plugin_and_is_deterministic(built, tmp_path):
     digests, log = build_engine(model(), built, tmp_path)
+    assert len(digests) == 2, log
+    assert digests[0] == digests[1] != "none"
+
+
+@pytest.mark.tensorrt
+@needs_nvcc
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_what_the_passes_write_becomes_an_engine(built, tmp_path, precision):
+    pruned = rule_case.graph(
+        "m = MatMul(x, w)  a = Add(m, b)  y = Relu(a)",
+        inputs="float[B,7,200] x, float[200,130] w, float[130] b",
+        output="float[B,7,130] y",
+    )
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((200, 130)) * (rng.random((200, 130)) < 0.3)
+    for value, array in zip(pruned.graph.inputs[1:], (w, np.ones(130)), strict=True):
+        constant = graphs.add_initializer(pruned.graph, f"{value.name}0", array.astype("float32"))
+        value.replace_all_uses_with(constant)
+        pruned.graph.inputs.remove(value)
+    Fp16().call(pruned, Context(target="tensorrt-rtx"))
+    options = Options(force=True, precision=precision)
+    assert SparseMatMul(options).call(pruned, Context(target="tensorrt-rtx")).applied == 1
+    with left_out(pruned):
+        proto = ir.to_proto(pruned)
+    digests, log = build_engine(proto, built, tmp_path)
     assert len(digests) == 2, log
     assert digests[0] == digests[1] != "none"
 

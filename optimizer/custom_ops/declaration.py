@@ -190,6 +190,9 @@ def body(
     Raises:
         ValueError: There is no such form.
     """
+    if layout not in LAYOUTS and layout not in METADATA_LAYOUTS:
+        msg = f"SparseMatMul has no layout '{layout}'"
+        raise ValueError(msg)
     form = layout_of(layout)
     if activation not in ACTIVATIONS or inputs not in ((6, 7) if form.int8 else (4, 5)):
         msg = f"SparseMatMul has no form {overload(layout, activation, inputs)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from optimizer.custom_ops.bodies import left_out
 from optimizer.model_writer import Companion, ExternalData, complete_or_nothing, save_model
 from optimizer.onnx_wire import Progress
 
@@ -28,6 +30,7 @@ def write_result(
     protected: Sequence[Path] = (),
     sources: Sequence[Path] = (),
     progress: Progress | None = None,
+    bodies: bool = True,
 ) -> tuple[tuple[Path, ...], dict[str, Any]]:
     """Write model, data and manifest: all of them or none.
 
@@ -40,6 +43,7 @@ def write_result(
         protected: Files that are never replaced.
         sources: Data files of the input.
         progress: Called with (bytes written, bytes in all).
+        bodies: Write the bodies of our own operators too.
 
     Returns:
         The files, the model first and the manifest last, and the manifest's content.
@@ -54,16 +58,17 @@ def write_result(
         manifest.update(describe(outputs))
         return f"{json.dumps(manifest, indent=1, sort_keys=True)}\n".encode()
 
-    files = save_model(
-        model,
-        output,
-        external_data,
-        force=force,
-        protected=protected,
-        sources=sources,
-        companion=Companion(manifest_path(output), content),
-        progress=progress,
-    )
+    with contextlib.nullcontext() if bodies else left_out(model):
+        files = save_model(
+            model,
+            output,
+            external_data,
+            force=force,
+            protected=protected,
+            sources=sources,
+            companion=Companion(manifest_path(output), content),
+            progress=progress,
+        )
     return files, manifest
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 
 from optimizer import graph as graphs
+from optimizer.custom_ops.declaration import DOMAIN, OP_TYPE
 from optimizer.raising import dims
 from optimizer.raising import shape_rules as rules
 from optimizer.raising.dims import Dim, Shape
@@ -34,6 +35,11 @@ _BROADCAST = frozenset(
         "Mean", "Min", "Mod", "Mul", "Or", "PRelu", "Pow", "Sub", "Sum", "Where", "Xor",
     }
 )  # fmt: skip
+
+
+def _stored_weights(shapes: Shapes, node: ir.Node, _: ir.Value) -> Shape | None:
+    left = shapes.of(node.inputs[0])
+    return None if left is None else (*left[:-1], node.attributes.get_int("N", 0))
 
 
 class Shapes:
@@ -73,7 +79,9 @@ class Shapes:
         node = value.producer()
         if node is None:
             return _declared(value)
-        if node.domain != "":
+        if (node.domain, node.op_type) == (DOMAIN, OP_TYPE):
+            rule: rules.Rule | None = _stored_weights
+        elif node.domain != "":
             rule = rules.CONTRIB_RULES.get((node.domain, node.op_type))
         else:
             rule = rules.RULES.get(node.op_type)

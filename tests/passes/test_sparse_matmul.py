@@ -198,12 +198,6 @@ def test_sizes_are_judged_by_their_neighbours(monkeypatch):
     )
 
 
-def test_other_targets_stay_dense():
-    report = apply(sparse_model(), target="tensorrt-10", force=True)
-    assert not report.modified
-    assert all("stays dense" in skip.reason for skip in report.skipped)
-
-
 @pytest.mark.parametrize(
     "options", [{"tokens": "0"}, {"machine": "486"}, {"precision": "int4"}, {"kernel": 1}]
 )

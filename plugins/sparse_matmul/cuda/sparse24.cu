@@ -13,8 +13,8 @@
 //   sp8    every lane: k = 32 (t / 2) ..+31 of row g + 8 (t % 2).
 // (PTX ISA, "Matrix fragments for sparse mma.m16n8k32 with .f16/.bf16" and "mma.m16n8k64 with .u8/.s8".)
 //
-// Nothing of this file has run on a GPU yet: benchmarks/gpu.py probes it before it is used. The same tables are in
-// emulation/mma.h; metadata agree with how CUTLASS reorders them.
+// The same tables are in emulation/mma.h; benchmarks/gpu.py probes them on a GPU (right on sm_90), and metadata agree with
+// how CUTLASS reorders them.
 //
 // Of B, lane (g, t) holds in register i of a step the token g and the 4 bytes from byte 16 i + 4 t of the step's k on.
 #include "common.h"

@@ -1,0 +1,70 @@
+"""The bodies of ``SparseMatMul`` in a model: there while it is worked on, left out for TensorRT.
+
+TensorRT's ONNX parser prefers a function of the model to a plugin of the same name. A file for it
+therefore has the operator alone, and gets its bodies back when it is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import onnx_ir as ir
+
+from optimizer.custom_ops.declaration import DOMAIN, OP_TYPE, VERSION, body, declaration_hash
+
+
+def operators(model: ir.Model) -> list[ir.Node]:
+    """The nodes of the main graph that are the operator."""
+    return [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, OP_TYPE)]
+
+
+def restore_bodies(model: ir.Model) -> None:
+    """Add what is missing, where this version declares the operator as the model has it."""
+    for node in operators(model):
+        attributes = node.attributes
+        if node.op_identifier() in model.functions:
+            continue
+        if attributes.get_int("declaration", 0) != declaration_hash():
+            continue
+        layout, activation = (attributes.get_string(n, "") for n in ("layout", "activation"))
+        opset = model.graph.opset_imports.get("", 0)
+        with contextlib.suppress(ValueError):  # no such form: reported by who runs it
+            function = body(layout, activation, len(node.inputs), opset)
+            node.overload = function.overload
+            model.functions.setdefault(function.identifier(), function)
+
+
+@contextlib.contextmanager
+def left_out(model: ir.Model) -> Iterator[None]:
+    """The model without bodies of the operator, until the end of the block."""
+    bodies = {key: f for key, f in model.functions.items() if key[:2] == (DOMAIN, OP_TYPE)}
+    names = [(node, node.overload) for node in operators(model)]
+    for key in bodies:
+        del model.functions[key]
+    for node, _ in names:
+        node.overload = ""
+    try:
+        yield
+    finally:
+        model.functions.update(bodies)
+        for node, name in names:
+            node.overload = name
+
+
+def plugins_of(model: ir.Model) -> list[dict[str, Any]]:
+    """What a program that runs the model has to load, for the manifest."""
+    nodes = operators(model)
+    if not nodes:
+        return []
+    layouts = sorted({node.attributes.get_string("layout", "") for node in nodes})
+    return [
+        {
+            "operator": f"{DOMAIN}::{OP_TYPE}",
+            "version": VERSION,
+            "declaration": declaration_hash(),
+            "layouts": layouts,
+            "nodes": len(nodes),
+        }
+    ]
