@@ -142,7 +142,7 @@ class Chain:
         self.node(
             OP_TYPE, [x, *(self.const(f"{name}{i}", a) for name, a in arrays.items())], y, DOMAIN,
             K=weight.shape[0], N=weight.shape[1], layout=layout, activation="none",
-            num_inputs=len(arrays) + 1, declaration=declaration_hash(),
+            num_inputs=len(arrays) + 1, most_values=0, declaration=declaration_hash(),
         )  # fmt: skip
 
 

@@ -57,7 +57,7 @@ class Figure:
 
 @cache
 def figures() -> dict[str, dict[str, tuple[Figure, ...]]]:
-    """Measurements by class and precision."""
+    """Measurements by class and kind."""
     text = resources.files("optimizer").joinpath("sparse_figures.json").read_text("utf-8")
     data = json.loads(text)["classes"]
     return {

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from optimizer import graph as graphs
 from optimizer.arrays import contiguous_copy
-from optimizer.custom_ops.cuda_layout import LAYOUT_CODES, pack_cuda
+from optimizer.custom_ops.cuda_layout import LAYOUT_CODES, most_values, pack_cuda
 from optimizer.custom_ops.declaration import (
     DOMAIN,
     OP_TYPE,
@@ -55,6 +55,7 @@ def replace(model: ir.Model, layer: Layer) -> int:
         "layout": layout,
         "activation": layer.activation,
         "num_inputs": len(inputs),
+        "most_values": most_values(packed) if layout in LAYOUT_CODES else 0,
         "declaration": declaration_hash(),
     }
     anchor = layer.output.producer()

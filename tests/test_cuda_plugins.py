@@ -23,7 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from optimizer import graph as graphs
 from optimizer.custom_ops.bodies import left_out
-from optimizer.custom_ops.cuda_layout import pack_cuda
+from optimizer.custom_ops.cuda_layout import most_values, pack_cuda
 from optimizer.custom_ops.declaration import DOMAIN, OP_TYPE, declaration_hash
 from optimizer.pass_base import Context
 from passes.fp16 import Fp16
@@ -124,6 +124,7 @@ def model(**changes: object) -> onnx.ModelProto:
     }
     attributes = {
         "K": k, "N": n, "layout": "mma16", "activation": "gelu", "num_inputs": 5,
+        "most_values": most_values(packed),
         "declaration": declaration_hash(),
     }  # fmt: skip
     for name, value in changes.items():

@@ -59,6 +59,7 @@ def model(layout, arrays, activation="none", shape=(70, 100), function=True, cha
         "layout": layout,
         "activation": activation,
         "num_inputs": inputs,
+        "most_values": 0,
         "declaration": declaration_hash(),
         **(changes or {}),
     }

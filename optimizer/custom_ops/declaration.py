@@ -27,8 +27,10 @@ BITMAP_BYTES = TILE * TILE // 8
 
 #: Inputs in order; the last three may be absent, from the end.
 INPUTS = ("x", "bitmap", "values", "offsets", "bias", "scale", "x_scale")
-#: "num_inputs" is the number of inputs; "declaration" is ``declaration_hash()``.
-ATTRIBUTES = ("K", "N", "layout", "activation", "num_inputs", "declaration")
+#: "num_inputs" is the number of inputs, "most_values" at least the stored values of any tile, gaps
+#: included, or 0 where that is not known (layouts of the CPU); "declaration" is
+#: ``declaration_hash()``.
+ATTRIBUTES = ("K", "N", "layout", "activation", "num_inputs", "most_values", "declaration")
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 
 #: Where a token's largest number is below this, its scale is that of this number.

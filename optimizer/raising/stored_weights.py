@@ -11,7 +11,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from optimizer import graph as graphs
-from optimizer.custom_ops.cuda_layout import unpack_cuda
+from optimizer.custom_ops.cuda_layout import most_values, unpack_cuda
 from optimizer.custom_ops.declaration import (
     DOMAIN,
     LAYOUTS,
@@ -41,6 +41,8 @@ def _decode(model: ir.Model, node: ir.Node) -> bool:
         return False
     packed = Packed(*(array for array in arrays if array is not None))
     try:
+        if 0 < attributes.get_int("most_values", 0) < most_values(packed):
+            return False
         weight = unpack_cuda(packed, layout, k, n)
         function = body(
             layout, attributes.get_string("activation", ""), len(node.inputs), opset_of(model),

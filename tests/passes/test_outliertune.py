@@ -24,6 +24,7 @@ from outlier_cases import (
     samples,
     small,
 )
+from processor import Int8Runner
 
 from optimizer import graph as graphs
 from optimizer.calibration import Calibration, input_specs
@@ -263,7 +264,7 @@ def test_golden(case: Case) -> None:
     report = apply(model, samples(model, data), **case.options)
     assert rounded(model) == rounded(case.after)
     assert report.modified == (rounded(case.before) != rounded(case.after))
-    after = OrtRunner(ir.from_proto(case.after)).run(data)
+    after = Int8Runner(ir.from_proto(case.after)).run(data)
     for name, expected in before.items():
         # 8 bits: half a step of 1/127 of the range for each of two factors.
         assert np.abs(after[name] - expected).max() <= 0.03 * np.abs(expected).max()

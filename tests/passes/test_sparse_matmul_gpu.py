@@ -123,6 +123,14 @@ def test_a_gpu_that_is_not_named_is_not_known():
     assert all("machine=" in skip.reason and "h100" in skip.reason for skip in report.skipped)
 
 
+def test_where_it_was_measured_slower_it_has_to_be_forced():
+    model = half_model(CONFIGS[0], "2:4")
+    report = apply(model, Context(target="ort-cuda"), machine="h100", tokens="1")
+    assert not report.modified
+    assert all("times as long" in skip.reason for skip in report.skipped)
+    assert apply(model, Context(target="ort-cuda"), force=True).modified
+
+
 @pytest.mark.parametrize(
     ("gains", "tokens", "applied"),
     [((1.5, 1.5), "1", True), ((1.5, 1.5), "1,128", False), ((0.9, 1.5), "1", False)],
@@ -143,7 +151,7 @@ def test_measured_figures_of_the_gpu_refuse_prompts_and_small_weights():
     for kind in ("mma16", "mma8", "sp16", "sp8"):
         assert sparse_cost.refusal("h100", kind, (4096, 14336), (128,), 0.5) is not None
         assert sparse_cost.refusal("h100", kind, (64, 64), (1,), 0.5) is not None
-    assert sparse_cost.refusal("h100", "mma16", (4096, 14336), (1,), 0.3) is None
+    assert sparse_cost.refusal("h100", "mma16", (8192, 8192), (1,), 0.3) is None
 
 
 def test_rotary_embedding_after_the_operator_is_lowered():

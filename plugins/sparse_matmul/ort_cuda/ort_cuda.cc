@@ -42,6 +42,11 @@ std::unique_ptr<Instance> make(const OrtApi* api, const OrtKernelInfo* info) {
   if (w.activation < 0) throw ort::Error{nullptr, "activation '" + activation + "' has no CUDA kernel"};
   w.type = cuda::Type::f16;
   instance->inputs = ort::int_attribute(api, info, "num_inputs");
+  const int64_t most = ort::int_attribute(api, info, "most_values");
+  if (most < 0 || most > kTile * kTile)
+    throw ort::Error{nullptr, "most_values must be between 0 (not known) and " + std::to_string(kTile * kTile) +
+                                  ", got " + std::to_string(most)};
+  w.most_values = static_cast<int32_t>(most);
   if (cuda::is_int8(w.layout) && instance->inputs < 6)
     throw ort::Error{nullptr, "int8 values need a bias and a scale per column: expected 6 or 7 inputs, got " +
                                   std::to_string(instance->inputs)};

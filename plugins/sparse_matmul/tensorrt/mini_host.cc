@@ -45,7 +45,7 @@ class Finder final : public ILoggerFinder {
 Finder finder;
 
 struct Fields {
-  int64_t K, N, num_inputs, declaration;
+  int64_t K, N, num_inputs, most_values, declaration;
   std::string layout, activation;
   std::vector<PluginField> list;
   PluginFieldCollection collection{};
@@ -57,7 +57,8 @@ struct Fields {
     };
     list = {number("K", K),           number("N", N),
             text("layout", layout),   text("activation", activation),
-            number("num_inputs", num_inputs), number("declaration", declaration)};
+            number("num_inputs", num_inputs), number("most_values", most_values),
+            number("declaration", declaration)};
     collection = {static_cast<int32_t>(list.size()), list.data()};
     return &collection;
   }
@@ -184,10 +185,10 @@ int main(int argc, char** argv) {
              std::string(creator->getPluginNamespace()) == "optimize" &&
              std::string(creator->getPluginVersion()) == "1",
          "named optimize::SparseMatMul, version 1");
-  expect(creator->getFieldNames()->nbFields == 6, "six fields");
+  expect(creator->getFieldNames()->nbFields == 7, "seven fields");
 
   const int64_t declaration = std::strtoll(argv[2], nullptr, 10);
-  Fields good{200, 130, 5, declaration, "mma16", "none", {}, {}};
+  Fields good{200, 130, 5, 4096, declaration, "mma16", "none", {}, {}};
   IPluginV3* const plugin = creator->createPlugin("layer", good.get(), TensorRTPhase::kBUILD);
   if (plugin == nullptr) fail("no plugin: " + logger.last);
   const auto refused = [&](Fields fields, const char* text) {
@@ -195,12 +196,13 @@ int main(int argc, char** argv) {
                logger.last.find(text) != std::string::npos,
            text);
   };
-  refused({200, 130, 5, declaration + 1, "mma16", "none", {}, {}}, "rebuild the plugin library");
-  refused({0, 130, 5, declaration, "mma16", "none", {}, {}}, "K and N must be positive");
-  refused({200, 130, 5, declaration, "n64k1", "none", {}, {}}, "layout 'n64k1' has no CUDA kernel");
-  refused({200, 130, 5, declaration, "mma16", "softmax", {}, {}}, "there is no activation 'softmax'");
-  refused({200, 130, 9, declaration, "mma16", "none", {}, {}}, "expected 4 or 5 inputs");
-  refused({200, 130, 5, declaration, "mma8", "none", {}, {}}, "expected 6 or 7 inputs");
+  refused({200, 130, 5, 0, declaration + 1, "mma16", "none", {}, {}}, "rebuild the plugin library");
+  refused({0, 130, 5, 0, declaration, "mma16", "none", {}, {}}, "K and N must be positive");
+  refused({200, 130, 5, 0, declaration, "n64k1", "none", {}, {}}, "layout 'n64k1' has no CUDA kernel");
+  refused({200, 130, 5, 0, declaration, "mma16", "softmax", {}, {}}, "there is no activation 'softmax'");
+  refused({200, 130, 5, 5000, declaration, "mma16", "none", {}, {}}, "most_values must be between 0");
+  refused({200, 130, 9, 0, declaration, "mma16", "none", {}, {}}, "expected 4 or 5 inputs");
+  refused({200, 130, 5, 0, declaration, "mma8", "none", {}, {}}, "expected 6 or 7 inputs");
 
   auto* const build = static_cast<IPluginV3OneBuild*>(plugin->getCapabilityInterface(PluginCapabilityType::kBUILD));
   auto* const runtime = static_cast<IPluginV3OneRuntime*>(plugin->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
@@ -232,14 +234,14 @@ int main(int argc, char** argv) {
   expect(build->getOutputDataTypes(&type, 1, types, 5) == 0 && type == DataType::kHALF, "y has the type of x");
 
   PluginFieldCollection const* stored = runtime->getFieldsToSerialize();
-  expect(stored != nullptr && stored->nbFields == 6, "serializes six fields");
+  expect(stored != nullptr && stored->nbFields == 7, "serializes seven fields");
   std::unique_ptr<IPluginV3> again(creator->createPlugin("layer", stored, TensorRTPhase::kRUNTIME));
   expect(again != nullptr, "a plugin comes back from them");
   std::unique_ptr<IPluginV3> copy(again->clone());
   expect(copy != nullptr, "clones");
   auto* const copied = static_cast<IPluginV3OneRuntime*>(copy->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
   PluginFieldCollection const* once_more = copied->getFieldsToSerialize();
-  bool same = once_more->nbFields == 6;
+  bool same = once_more->nbFields == 7;
   for (int i = 0; same && i < 6; ++i) {
     const PluginField &a = stored->fields[i], &b = once_more->fields[i];
     same = std::strcmp(a.name, b.name) == 0 && a.type == b.type && a.length == b.length &&

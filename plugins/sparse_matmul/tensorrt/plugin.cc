@@ -60,6 +60,8 @@ std::string check(const Attributes& a) {
     return "layout '" + a.layout + "' has no CUDA kernel; those are mma16, mma8, sp16 and sp8";
   if (a.activation_kind() < 0)
     return "there is no activation '" + a.activation + "'";
+  if (a.most_values < 0 || a.most_values > kTile * kTile)
+    return "most_values must be between 0 (not known) and " + number(kTile * kTile) + ", got " + number(a.most_values);
   const int64_t most = a.int8() ? 7 : 5;  // int8: bias, scale and perhaps x_scale
   if (a.num_inputs > most || a.num_inputs < (a.int8() ? 6 : 4))
     return "expected " + number(most - 1) + " or " + number(most) + " inputs, got " + number(a.num_inputs);
@@ -94,6 +96,7 @@ cuda::Weight Plugin::weight(DataType type) const {
   w.K = attributes_.K, w.N = attributes_.N, w.layout = attributes_.cuda_layout();
   w.type = type == DataType::kBF16 ? cuda::Type::bf16 : cuda::Type::f16;
   w.activation = attributes_.activation_kind();
+  w.most_values = static_cast<int32_t>(attributes_.most_values);
   return w;
 }
 
@@ -207,6 +210,7 @@ nvinfer1::PluginFieldCollection const* Plugin::getFieldsToSerialize() noexcept {
                text("layout", attributes_.layout),
                text("activation", attributes_.activation),
                number("num_inputs", attributes_.num_inputs),
+               number("most_values", attributes_.most_values),
                number("declaration", attributes_.declaration)};
   } catch (const std::exception& e) {
     log_error(e.what());
@@ -219,7 +223,8 @@ nvinfer1::PluginFieldCollection const* Plugin::getFieldsToSerialize() noexcept {
 Creator::Creator()
     : fields_{{"K", nullptr, PluginFieldType::kINT64, 1},          {"N", nullptr, PluginFieldType::kINT64, 1},
               {"layout", nullptr, PluginFieldType::kCHAR, 1},      {"activation", nullptr, PluginFieldType::kCHAR, 1},
-              {"num_inputs", nullptr, PluginFieldType::kINT64, 1}, {"declaration", nullptr, PluginFieldType::kINT64, 1}} {
+              {"num_inputs", nullptr, PluginFieldType::kINT64, 1}, {"most_values", nullptr, PluginFieldType::kINT64, 1},
+              {"declaration", nullptr, PluginFieldType::kINT64, 1}} {
   collection_ = {static_cast<int32_t>(fields_.size()), fields_.data()};
 }
 
@@ -229,7 +234,11 @@ nvinfer1::IPluginV3* Creator::createPlugin(nvinfer1::AsciiChar const* name,
   try {
     Attributes a;
     const std::pair<const char*, int64_t*> numbers[] = {
-        {"K", &a.K}, {"N", &a.N}, {"num_inputs", &a.num_inputs}, {"declaration", &a.declaration}};
+        {"K", &a.K},
+        {"N", &a.N},
+        {"num_inputs", &a.num_inputs},
+        {"most_values", &a.most_values},
+        {"declaration", &a.declaration}};
     const std::pair<const char*, std::string*> texts[] = {{"layout", &a.layout}, {"activation", &a.activation}};
     for (int32_t i = 0; fields != nullptr && i < fields->nbFields; ++i) {
       const PluginField& field = fields->fields[i];

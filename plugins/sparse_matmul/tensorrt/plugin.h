@@ -23,7 +23,7 @@ constexpr char kNamespace[] = "optimize";
 struct Attributes {
   int64_t K = 0, N = 0;
   std::string layout, activation;
-  int64_t num_inputs = 0, declaration = 0;
+  int64_t num_inputs = 0, most_values = 0, declaration = 0;
 
   cuda::Layout cuda_layout() const;  // of a checked one
   bool int8() const;
