@@ -155,14 +155,15 @@ def _int8_at(node: ir.Node) -> Layer | str | None:
     linear = quantized_at(node) if dequantize is not None else None
     if linear is None or dequantize is None:
         return None
-    quantize = _quantize(left, linear)
+    quantize = _quantize(left)
     if isinstance(quantize, str):
         return quantize
     codes = stored(weight)
     if reason := _weight_refusal(weight, codes, dequantize):
         return reason
-    if linear.output.producer() not in (node, linear.add):
-        return "its output is scaled or rounded by nodes of its own"
+    if operand(quantize) is not linear.input or linear.output.producer() not in (node, linear.add):
+        # Tokens that nodes of their own scale before and after: the product alone is replaced.
+        linear = Linear(node, None, operand(quantize), weight, None, node.outputs[0])
     return Layer(
         str(codes.name),
         linear,
@@ -183,12 +184,12 @@ def _type_of(value: ir.Value) -> ir.DataType:
     return ir.DataType.UNDEFINED if tensor is None else tensor.dtype
 
 
-def _quantize(left: ir.Value, linear: Linear) -> ir.Node | str:
+def _quantize(left: ir.Value) -> ir.Node | str:
     """What rounds a layer's input with one static scale, or why there is no such node."""
     rounded = node_of(left, "DequantizeLinear")
     quantize = None if rounded is None else node_of(rounded.inputs[0], "QuantizeLinear")
-    if rounded is None or quantize is None or operand(quantize) is not linear.input:
-        return "its input is scaled by nodes of its own; sparse-matmul takes one static scale"
+    if rounded is None or quantize is None:
+        return "its input is not rounded by QuantizeLinear"
     number = graphs.scalar(quantize.inputs[1])
     if number is None or number != graphs.scalar(rounded.inputs[1]) or _shifted(quantize):
         return "its input has no single symmetric scale"

@@ -8,6 +8,7 @@ import models
 import numpy as np
 import onnx
 import onnx_ir as ir
+import outlier_cases
 import pydantic
 import pytest
 from models import Config
@@ -113,6 +114,22 @@ def test_our_own_output_is_raised_back():
     query = weights["layers.0.q.weight"]
     assert any(a.shape == query.shape and np.array_equal(a, query) for a in found)
     np.testing.assert_allclose(OrtRunner(model).run(feed)["logits"], before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_layers_of_outliertune_stay_int8_with_static_scales_and_with_those_of_tokens(config):
+    model = sparse_model(config)
+    outlier_cases.apply(model, outlier_cases.calibration(model, config), heads=True)
+    before = ReferenceRunner(model).run(models.feed(config))["logits"]
+    assert count(model, "Div") > 0  # tokens are scaled in the MLP and after attention
+    layers = count(model, "MatMul")
+    report = apply(model, force=True)
+    assert report.applied == layers
+    assert all(site["int8"] for site in report.details["sites"])
+    assert count(model, "QuantizeLinear") == count(model, "MatMul") == 0
+    after = ReferenceRunner(model).run(models.feed(config))["logits"]
+    # The codes are the same; only the order of scales and sums differs.
+    np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-5 * np.abs(before).max())
 
 
 @pytest.mark.native
