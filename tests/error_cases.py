@@ -145,6 +145,15 @@ def _sparse(place: Place) -> Words:
     return [place.write(model.SerializeToString())]
 
 
+def _undeclared(place: Place) -> Words:
+    node = _NODE(
+        "SparseMatMul", ["x", "w", "w", "w"], ["y"], domain="optimize", declaration=5, name="l"
+    )
+    made = onnx.load_from_string(graph([node]))
+    made.opset_import.append(oh.make_opsetid("optimize", 1))
+    return [place.write(made.SerializeToString())]
+
+
 FILES = (
     Row("MODEL does not exist", 2, "a file, `hf:FOLDER` or `package.module:factory`",
         ("none.onnx", "no such file", "hf:FOLDER"), lambda p: [p.folder / "none.onnx"],
@@ -162,6 +171,9 @@ FILES = (
         ("not a valid model", "Softmax", "axis"),
         lambda p: [p.write(graph([_NODE("Softmax", ["x"], ["y"], axis=1.5)]))],
         ("model_input.check_nodes",)),
+    Row("MODEL has stored weights that another version of this program wrote", 2,
+        "make the file again from its source", ("declaration 5", "make the file again"),
+        _undeclared, ("custom_ops.bodies.restore_bodies",)),
     Row("external data is missing", 2, "copy it there together with the model",
         ("m.onnx.data", "missing", "copy it there"), _removed, ("model_tensors._check_data_file",)),
     Row("external data is cut short", 2, "copy it again", ("cut short", "copy it again"), _cut,

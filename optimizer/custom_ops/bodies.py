@@ -13,6 +13,7 @@ from typing import Any
 import onnx_ir as ir
 
 from optimizer.custom_ops.declaration import DOMAIN, OP_TYPE, VERSION, body, declaration_hash
+from optimizer.errors import UnsupportedError
 
 
 def operators(model: ir.Model) -> list[ir.Node]:
@@ -21,13 +22,22 @@ def operators(model: ir.Model) -> list[ir.Node]:
 
 
 def restore_bodies(model: ir.Model) -> None:
-    """Add what is missing, where this version declares the operator as the model has it."""
+    """Add what is missing.
+
+    Raises:
+        UnsupportedError: Another version of this program declared the operator otherwise.
+    """
     for node in operators(model):
         attributes = node.attributes
         if node.op_identifier() in model.functions:
             continue
-        if attributes.get_int("declaration", 0) != declaration_hash():
-            continue
+        declared = attributes.get_int("declaration", 0)
+        if declared != declaration_hash():
+            raise UnsupportedError(
+                f"node '{node.name}' was written for declaration {declared} of {DOMAIN}.{OP_TYPE}, "
+                f"expected {declaration_hash()}; make the file again from its source with this "
+                "version, or use the version that made it"
+            )
         layout, activation = (attributes.get_string(n, "") for n in ("layout", "activation"))
         opset = model.graph.opset_imports.get("", 0)
         with contextlib.suppress(ValueError):  # no such form: reported by who runs it
