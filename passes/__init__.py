@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 PASS_NAMES: tuple[str, ...] = (
     "canonicalize",
     "cqil",
+    "tome",
     "sparsify",
     "outliertune",
     "fuse-concurrent",

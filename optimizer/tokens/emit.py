@@ -1,0 +1,96 @@
+"""What reductions are written with: nodes in front of an anchor, and what is known of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from optimizer import graph as graphs
+
+#: Marks that a reduction was written, on the model: a second run changes nothing.
+NOTE = "optimize.tokens"
+
+
+@dataclass(frozen=True)
+class State:
+    """The tokens at one place of the model.
+
+    Attributes:
+        count: How many.
+        protected: The positions of protected tokens, rising.
+        sizes: [B, count], how many original tokens each stands for; None: each for itself.
+        places: int64 [B, N], where each original token is now; None: where it was.
+        padded: Whether some tokens may have size 0.
+    """
+
+    count: int
+    protected: tuple[int, ...]
+    sizes: ir.Value | None = None
+    places: ir.Value | None = None
+    padded: bool = False
+
+
+class Emitter:
+    """Inserts nodes before ``anchor``, named after ``name``, of element type ``dtype``."""
+
+    def __init__(self, graph: ir.Graph, anchor: ir.Node | None, name: str, dtype: Any) -> None:
+        self.graph, self.anchor, self.name, self.dtype = graph, anchor, name, dtype
+        self._constants: dict[tuple[Any, ...], ir.Value] = {}
+
+    def put(
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        as_: str = "",
+        dtype: ir.DataType | None = None,
+        **attributes: Any,
+    ) -> ir.Value:
+        """One node with one output of type ``dtype``, that of the emitter by default."""
+        name = f"{self.name}/{as_ or op_type.lower()}"
+        return graphs.insert(
+            self.graph, self.anchor, op_type, inputs, attributes, name=name,
+            dtype=dtype or self.dtype,
+        )  # fmt: skip
+
+    def integers(self, numbers: Sequence[int] | np.ndarray, as_: str = "index") -> ir.Value:
+        """An int64 constant; equal ones are shared."""
+        return self._constant(np.asarray(numbers, np.int64), as_)
+
+    def numbers(self, array: Any, as_: str = "number") -> ir.Value:
+        """A constant of the emitter's element type."""
+        return self._constant(np.asarray(array, self.dtype.numpy()), as_)
+
+    def _constant(self, array: np.ndarray, as_: str) -> ir.Value:
+        key = (array.dtype, array.shape, array.tobytes())
+        if key not in self._constants:
+            made = graphs.add_initializer(self.graph, f"{self.name}/{as_}", array)
+            self._constants[key] = made
+        return self._constants[key]
+
+    def unsqueeze(self, value: ir.Value, *axes: int) -> ir.Value:
+        """``value`` with dimensions of size one at ``axes``."""
+        return self.put("Unsqueeze", value, self.integers(axes, "axes"), dtype=value.dtype)
+
+    def topk(
+        self, value: ir.Value, k: int, *, axis: int = -1, largest: bool = True
+    ) -> tuple[ir.Value, ir.Value]:
+        """The ``k`` largest (or smallest) in order, and where they were; ties: the lower first."""
+        values, indices = graphs.insert(
+            self.graph, self.anchor, "TopK", (value, self.integers([k], "k")),
+            {"axis": axis, "largest": int(largest), "sorted": 1}, name=f"{self.name}/topk",
+            outputs=2, dtype=(value.dtype, ir.DataType.INT64),
+        )  # fmt: skip
+        return values, indices
+
+    def rows(self, value: ir.Value, index: ir.Value, as_: str) -> ir.Value:
+        """[B, M, D] of ``value`` [B, N, D] and int64 ``index`` [B, M]."""
+        where = self.unsqueeze(index, 2)
+        return self.put("GatherND", value, where, as_=as_, dtype=value.dtype, batch_dims=1)
+
+    def entries(self, value: ir.Value, index: ir.Value, as_: str = "entries") -> ir.Value:
+        """[B, M] of ``value`` [B, N] and int64 ``index`` [B, M]."""
+        return self.put("GatherElements", value, index, as_=as_, dtype=value.dtype, axis=1)
