@@ -22,9 +22,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from optimizer.pass_base import Context, Exactness, GraphPass, Report
+from optimizer.pass_base import Context, Report
 from optimizer.structure import Block
-from optimizer.tokens.driver import TokenOptions, reduce_tokens
+from optimizer.tokens.driver import TokenOptions, TokenPass
 from optimizer.tokens.emit import Emitter, State
 from optimizer.tokens.matching import Sides, gathered, head_mean, padding_of, positioned
 from optimizer.tokens.merging import merge
@@ -60,21 +60,13 @@ class Bipartite:
         return merge(pen, x, state, choose(pen, metric, sides, r, padded), r)
 
 
-class ToMe(GraphPass[Options]):
+class ToMe(TokenPass[Options]):
     """See the module."""
 
     name = "tome"
-    exactness = Exactness.APPROXIMATE
     Options = Options
-    # Layers whose weights are quantized, sparse, or packed are merged before that.
-    after = ("canonicalize", "cqil")
-
-    def __init__(self, options: Options | None = None) -> None:
-        super().__init__(options)
-        if self.options.places:
-            self.breaks = frozenset({"outputs"})
 
     def call(self, model: ir.Model, context: Context) -> Report:
         """Merge tokens, in place."""
         by_index = self.options.by_index(context.target)
-        return reduce_tokens(model, context, self.options, self.name, lambda _: Bipartite(by_index))
+        return self.reduce(model, context, lambda _: Bipartite(by_index))

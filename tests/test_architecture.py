@@ -35,7 +35,7 @@ LAYERS = [
         "model_input model_writer "
         "model_io frontends runners",
         "observers calibration pass_base graphsurgeon external_passes quantization pruning "
-        "precision sparse_layers generation legalize",
+        "precision sparse_layers tokens generation legalize",
         "passes pass_template",
         "budget recipe provenance report footprint verify pipeline benchmark export inspection "
         "comparison divergence judges command_judge stages shares bisection "

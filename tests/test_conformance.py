@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OPTIONS: dict[str, list[dict[str, object]]] = {
     "canonicalize": [],
     "cqil": [{"first": 0, "last": 1}],
+    "tome": [{"r": 3}, {"keep": 0.3, "lowering": "matrix", "places": True}],
     "sparsify": [
         {"method": "magnitude", "heads": True, "embeddings": True},
         {"pattern": "unstructured", "sparsity": 0.3, "allocation": "damage", "method": "wanda"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import onnx_ir as ir
 from pydantic import Field, field_validator, model_validator
@@ -13,7 +13,7 @@ from optimizer.blocks import find_blocks
 from optimizer.errors import OptionError
 from optimizer.gate import LEFT_OUT
 from optimizer.graph import remove_dead
-from optimizer.pass_base import Context, PassOptions, Report, Skip
+from optimizer.pass_base import Context, Exactness, GraphPass, PassOptions, Report, Skip
 from optimizer.structure import Block
 from optimizer.targets import get_target
 from optimizer.tokens import schedule
@@ -125,6 +125,44 @@ class TokenOptions(PassOptions):
         return list(self.r)
 
 
+OptionsT = TypeVar("OptionsT", bound=TokenOptions)
+
+
+class TokenPass(GraphPass[OptionsT]):
+    """Base of passes that reduce tokens."""
+
+    exactness = Exactness.APPROXIMATE
+    Options = TokenOptions
+    # Layers are recognised, and keys are read, before weights are quantized or packed.
+    after = ("canonicalize", "cqil")
+
+    def __init__(self, options: OptionsT | None = None) -> None:
+        super().__init__(options)
+        if self.options.places:
+            self.breaks = frozenset({"outputs"})
+
+    def reduce(
+        self,
+        model: ir.Model,
+        context: Context,
+        make: Callable[[Tower], Method],
+        *,
+        ordered: bool = False,
+    ) -> Report:
+        """Reduce the tokens of every tower of ``model``, in place.
+
+        Args:
+            model: Canonical.
+            context: Target and gate.
+            make: The way to choose tokens of a tower.
+            ordered: Whether that way keeps the order of tokens.
+
+        Raises:
+            OptionError: ``r`` is a list of another length than the tower.
+        """
+        return _reduce_model(model, context, self.options, self.name, make, ordered=ordered)
+
+
 @dataclass
 class _Log:
     """What was done, and what was not."""
@@ -142,7 +180,7 @@ def _site(block: Block) -> str:
     return f"layer {block.index}"
 
 
-def reduce_tokens(
+def _reduce_model(
     model: ir.Model,
     context: Context,
     options: TokenOptions,
@@ -151,19 +189,6 @@ def reduce_tokens(
     *,
     ordered: bool = False,
 ) -> Report:
-    """Reduce the tokens of every tower of ``model``, in place.
-
-    Args:
-        model: Canonical.
-        context: Target and gate.
-        options: How many, and how.
-        name: Of the pass.
-        make: The way to choose tokens of a tower.
-        ordered: Whether that way keeps the order of tokens.
-
-    Raises:
-        OptionError: ``r`` is a list of another length than the tower.
-    """
     if NOTE in model.metadata_props:
         return Report(modified=False, skipped=(Skip("model", "its tokens are reduced already"),))
     structure = find_blocks(model)
