@@ -22,8 +22,8 @@ class State:
     Attributes:
         count: How many.
         protected: The positions of protected tokens, rising.
-        sizes: [B, count], how many original tokens each stands for; None: each for itself.
-        places: int64 [B, N], where each original token is now; None: where it was.
+        sizes: [B, count, 1], how many original tokens each stands for; None: each for itself.
+        places: int64 [B, N, 1], where each original token is now; None: where it was.
         padded: Whether some tokens may have size 0.
     """
 
@@ -40,6 +40,7 @@ class Emitter:
     def __init__(self, graph: ir.Graph, anchor: ir.Node | None, name: str, dtype: Any) -> None:
         self.graph, self.anchor, self.name, self.dtype = graph, anchor, name, dtype
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
+        self._zero: ir.Value | None = None
 
     def put(
         self,
@@ -64,16 +65,16 @@ class Emitter:
         """A constant of the emitter's element type."""
         return self._constant(np.asarray(array, self.dtype.numpy()), as_)
 
+    def flags(self, array: Any, as_: str) -> ir.Value:
+        """A bool constant."""
+        return self._constant(np.asarray(array, np.bool_), as_)
+
     def _constant(self, array: np.ndarray, as_: str) -> ir.Value:
         key = (array.dtype, array.shape, array.tobytes())
         if key not in self._constants:
             made = graphs.add_initializer(self.graph, f"{self.name}/{as_}", array)
             self._constants[key] = made
         return self._constants[key]
-
-    def unsqueeze(self, value: ir.Value, *axes: int) -> ir.Value:
-        """``value`` with dimensions of size one at ``axes``."""
-        return self.put("Unsqueeze", value, self.integers(axes, "axes"), dtype=value.dtype)
 
     def topk(
         self, value: ir.Value, k: int, *, axis: int = -1, largest: bool = True
@@ -87,10 +88,28 @@ class Emitter:
         return values, indices
 
     def rows(self, value: ir.Value, index: ir.Value, as_: str) -> ir.Value:
-        """[B, M, D] of ``value`` [B, N, D] and int64 ``index`` [B, M]."""
-        where = self.unsqueeze(index, 2)
-        return self.put("GatherND", value, where, as_=as_, dtype=value.dtype, batch_dims=1)
+        """[B, M, D] of ``value`` [B, N, D] and int64 ``index`` [B, M, 1]."""
+        return self.put("GatherND", value, index, as_=as_, dtype=value.dtype, batch_dims=1)
 
     def entries(self, value: ir.Value, index: ir.Value, as_: str = "entries") -> ir.Value:
-        """[B, M] of ``value`` [B, N] and int64 ``index`` [B, M]."""
+        """[B, M, 1] of ``value`` [B, N, 1] and int64 ``index`` [B, M, 1]."""
         return self.put("GatherElements", value, index, as_=as_, dtype=value.dtype, axis=1)
+
+    def parts(self, value: ir.Value, first: int, second: int) -> tuple[ir.Value, ir.Value]:
+        """Both parts of [B, first + second, 1]; the whole twice where the second is empty."""
+        if not second:
+            return value, value
+        made = graphs.insert(
+            self.graph, self.anchor, "Split", (value, self.integers([first, second], "split")),
+            {"axis": 1}, name=f"{self.name}/part", outputs=2, dtype=(value.dtype, value.dtype),
+        )  # fmt: skip
+        return made[0], made[1]
+
+    def everywhere(self, like: ir.Value, numbers: Sequence[int] | np.ndarray) -> ir.Value:
+        """int64 constants [B, len, 1] for the batch of ``like`` [B, N, 1], int64."""
+        if self._zero is None:
+            start, end = self.integers([0], "start"), self.integers([1], "end")
+            one = self.put("Slice", like, start, end, end, as_="one", dtype=like.dtype)
+            self._zero = self.put("Sub", one, one, as_="zero", dtype=like.dtype)
+        column = self.integers(np.asarray(numbers)[:, None], "column")
+        return self.put("Add", self._zero, column, as_="fixed", dtype=like.dtype)

@@ -49,12 +49,12 @@ class Sides:
 
 @dataclass(frozen=True)
 class Gathered:
-    """A reduction by indices: token ``sources[b, i]`` goes into row ``targets[b, i]``.
+    """A reduction by indices: token ``sources[b, i, 0]`` goes into row ``targets[b, i, 0]``.
 
     Attributes:
-        keep: int64 [B, M], the token that each row of the result begins with.
-        sources: int64 [B, r].
-        targets: int64 [B, r].
+        keep: int64 [B, M, 1], the token that each row of the result begins with.
+        sources: int64 [B, r, 1].
+        targets: int64 [B, r, 1].
     """
 
     keep: ir.Value
@@ -68,7 +68,7 @@ class Positioned:
 
     Attributes:
         order: int64 constant [N], a permutation.
-        rows: [B, N], whole numbers in the model's floating-point type.
+        rows: [B, N, 1], whole numbers in the model's floating-point type.
     """
 
     order: np.ndarray
@@ -88,13 +88,11 @@ def head_mean(pen: Emitter, attention: Attention, key: ir.Value) -> ir.Value:
 
 def normalized(pen: Emitter, value: ir.Value) -> ir.Value:
     """Rows of length one; a row of zeros stays."""
-    length = pen.put("ReduceL2", value, pen.integers([-1], "axes"), keepdims=1)
-    floor = pen.put("Max", length, pen.numbers(1e-6), as_="length")
-    return pen.put("Div", value, floor, as_="unit")
+    return pen.put("LpNormalization", value, as_="unit", axis=-1, p=2)
 
 
 def padding_of(pen: Emitter, state: State) -> ir.Value | None:
-    """[B, N], 1 where a token is padding; None where there is none."""
+    """[B, N, 1], 1 where a token is padding; None where there is none."""
     if not state.padded or state.sizes is None:
         return None
     real = pen.put("Greater", state.sizes, pen.numbers(0, "zero"), dtype=ir.DataType.BOOL)
@@ -104,33 +102,24 @@ def padding_of(pen: Emitter, state: State) -> ir.Value | None:
 def _best(
     pen: Emitter, metric: ir.Value, sides: Sides, padded: ir.Value | None
 ) -> tuple[ir.Value, ir.Value]:
-    """The similarity of each token of A to the nearest of B, and which that is; both [B, |A|].
+    """The similarity of each token of A to the nearest of B, and which that is; both [B, |A|, 1].
 
-    ``padded`` [B, N] (1 where a token is padding) leads padding into padding, before all else.
+    ``padded`` [B, N, 1] is 1 where a token is padding.
     """
-    a = pen.put("Gather", metric, pen.integers(sides.sources, "a"), as_="a", axis=1)
-    b = pen.put("Gather", metric, pen.integers(sides.destinations, "b"), as_="b", axis=1)
-    turned = pen.put("Transpose", b, perm=(0, 2, 1))
-    scores = pen.put("MatMul", a, turned, as_="scores")
+    a, b = _parts(pen, metric, sides)
+    scores = pen.put("MatMul", a, pen.put("Transpose", b, perm=(0, 2, 1)), as_="scores")
     if padded is not None:
-        scores = _padding_apart(pen, scores, sides, padded)
-    values, indices = pen.topk(scores, 1)
-    axes = pen.integers([2], "axes")
-    return (
-        pen.put("Squeeze", values, axes, as_="best"),
-        pen.put("Squeeze", indices, axes, as_="nearest", dtype=ir.DataType.INT64),
-    )
+        a, b = _parts(pen, padded, sides)
+        both = pen.put("Sub", a, pen.put("Transpose", b, perm=(0, 2, 1)))
+        # Padding weighs nothing, wherever it goes: it goes first, and into no other padding.
+        # Nothing real goes into padding if it can be helped.
+        scores = pen.put("Add", scores, pen.put("Mul", both, pen.numbers(4)), as_="scores")
+    return pen.topk(scores, 1)
 
 
-def _padding_apart(pen: Emitter, scores: ir.Value, sides: Sides, padded: ir.Value) -> ir.Value:
-    """Adds 4 to the scores of padding, wherever it goes: it weighs nothing in any token.
-
-    Real tokens lose 4 into padding, which has no weight and would move them away from their kind.
-    """
-    a = pen.put("Gather", padded, pen.integers(sides.sources, "a"), axis=1)
-    b = pen.put("Gather", padded, pen.integers(sides.destinations, "b"), axis=1)
-    both = pen.put("Sub", pen.unsqueeze(a, 2), pen.unsqueeze(b, 1))
-    return pen.put("Add", scores, pen.put("Mul", both, pen.numbers(4)), as_="scores")
+def _parts(pen: Emitter, value: ir.Value, sides: Sides) -> tuple[ir.Value, ir.Value]:
+    a, b = pen.integers(sides.sources, "a"), pen.integers(sides.destinations, "b")
+    return pen.put("Gather", value, a, as_="a", axis=1), pen.put("Gather", value, b, axis=1)
 
 
 def gathered(
@@ -139,49 +128,20 @@ def gathered(
     """The ``r`` closest pairs, as indices."""
     best, nearest = _best(pen, metric, sides, padded)
     size, first = len(sides.sources), len(sides.protected)
-    _, order = pen.topk(best, size)
-    merged, others = _split(pen, order, r, size - r)
+    _, order = pen.topk(best, size, axis=1)
+    merged, others = pen.parts(order, r, size - r)
     integer = ir.DataType.INT64
     a = pen.integers(sides.sources, "a")
     sources = pen.put("Gather", a, merged, as_="sources", dtype=integer, axis=0)
     offset = pen.integers([first + size - r], "offset")
     targets = pen.put("Add", pen.entries(nearest, merged), offset, as_="targets", dtype=integer)
-    fixed = [_everywhere(pen, order, part) for part in (sides.protected, sides.destinations)]
-    parts = [part for part in fixed if part is not None]
+    parts = [pen.everywhere(order, sides.protected)] if first else []
     if size > r:
-        rising, _ = pen.topk(others, size - r, largest=False)
-        kept = pen.put("Gather", a, rising, as_="kept", dtype=integer, axis=0)
-        parts.insert(1 if first else 0, kept)
+        rising, _ = pen.topk(others, size - r, axis=1, largest=False)
+        parts.append(pen.put("Gather", a, rising, as_="kept", dtype=integer, axis=0))
+    parts.append(pen.everywhere(order, sides.destinations))
     keep = pen.put("Concat", *parts, as_="keep", dtype=integer, axis=1)
     return Gathered(keep, sources, targets)
-
-
-def _split(pen: Emitter, order: ir.Value, first: int, second: int) -> tuple[ir.Value, ir.Value]:
-    """Both parts of [B, first + second]; the second is the whole where it would be empty."""
-    if not second:
-        return order, order
-    zero, middle = pen.integers([0], "start"), pen.integers([first], "middle")
-    end, axis = pen.integers([first + second], "end"), pen.integers([1], "axes")
-    integer = ir.DataType.INT64
-    return (
-        pen.put("Slice", order, zero, middle, axis, as_="merged", dtype=integer),
-        pen.put("Slice", order, middle, end, axis, as_="others", dtype=integer),
-    )
-
-
-def _everywhere(
-    pen: Emitter, like: ir.Value, numbers: tuple[int, ...] | np.ndarray
-) -> ir.Value | None:
-    """Constant indices [B, len] for the batch of ``like`` [B, n]."""
-    if not len(numbers):
-        return None
-    integer = ir.DataType.INT64
-    batch = pen.put("Shape", like, as_="batch", dtype=integer, start=0, end=1)
-    shape = pen.put(
-        "Concat", batch, pen.integers([len(numbers)]), as_="shape", dtype=integer, axis=0
-    )
-    row = pen.integers(np.asarray(numbers)[None], "row")
-    return pen.put("Expand", row, shape, as_="fixed", dtype=integer)
 
 
 def positioned(
@@ -193,24 +153,23 @@ def positioned(
     """
     best, nearest = _best(pen, metric, sides, padded)
     size, first = len(sides.sources), len(sides.protected)
-    mine, theirs = pen.unsqueeze(best, 2), pen.unsqueeze(best, 1)
+    theirs = pen.put("Transpose", best, perm=(0, 2, 1))
     flag = ir.DataType.BOOL
-    earlier = pen.integers(np.tri(size, k=-1), "earlier")
-    before = pen.put("Cast", earlier, dtype=flag, to=flag)
-    same = pen.put("And", pen.put("Equal", theirs, mine, dtype=flag), before, dtype=flag)
-    closer = pen.put("Or", pen.put("Greater", theirs, mine, dtype=flag), same, dtype=flag)
+    earlier = pen.flags(np.tri(size, k=-1), "earlier")
+    same = pen.put("And", pen.put("Equal", theirs, best, dtype=flag), earlier, dtype=flag)
+    closer = pen.put("Or", pen.put("Greater", theirs, best, dtype=flag), same, dtype=flag)
     axes = pen.integers([2], "axes")
-    rank = pen.put("ReduceSum", _float(pen, closer), axes, as_="rank", keepdims=0)
+    rank = pen.put("ReduceSum", _float(pen, closer), axes, as_="rank", keepdims=1)
     merged = pen.put("Less", rank, pen.numbers(r), as_="merged", dtype=flag)
     stays = _float(pen, pen.put("Not", merged, dtype=flag))
-    triangle = pen.numbers(np.triu(np.ones((size, size)), k=1), "triangle")
-    own = pen.put("Add", pen.put("MatMul", stays, triangle), pen.numbers(first), as_="own")
+    triangle = pen.numbers(np.tri(size, k=-1), "triangle")
+    own = pen.put("Add", pen.put("MatMul", triangle, stays), pen.numbers(first), as_="own")
     target = pen.put("Add", _float(pen, nearest), pen.numbers(first + size - r), as_="target")
     a_rows = pen.put("Where", merged, target, own, as_="a_rows")
-    # The rows of the others are constants: pad in front and behind.
+    # The rows of the others are constants: zeros of A are where the computed ones are padded to.
     last = np.arange(first + size - r, sides.count - r)
-    fixed = np.concatenate([np.arange(first), np.zeros(size), last])
-    pads = pen.integers([0, first, 0, len(last)], "pads")
+    fixed = np.concatenate([np.arange(first), np.zeros(size), last])[:, None]
+    pads = pen.integers([0, first, 0, 0, len(last), 0], "pads")
     rows = pen.put("Add", pen.put("Pad", a_rows, pads), pen.numbers(fixed, "fixed"), as_="rows")
     order = np.concatenate([np.asarray(sides.protected, int), sides.sources, sides.destinations])
     return Positioned(order.astype(np.int64), rows)

@@ -45,19 +45,19 @@ def _by_index(
     A scatter that adds would need one index per number, and runs in one thread.
     """
     kept, moved = pen.rows(x, found.keep, "kept"), pen.rows(x, found.sources, "moved")
-    one = pen.numbers(1, "one")
-    own = one if state.sizes is None else pen.entries(state.sizes, found.keep)
-    brought = one if state.sizes is None else pen.entries(state.sizes, found.sources)
-    brought = brought if state.sizes is None else pen.unsqueeze(brought, 1)
+    own = brought = pen.numbers(1, "one")
+    if state.sizes is not None:
+        own = pen.entries(state.sizes, found.keep)
+        brought = pen.put("Transpose", pen.entries(state.sizes, found.sources), perm=(0, 2, 1))
     row = pen.integers(np.arange(rows)[:, None], "rows")
-    here = pen.put("Equal", pen.unsqueeze(found.targets, 1), row, dtype=ir.DataType.BOOL)
+    targets = pen.put("Transpose", found.targets, dtype=ir.DataType.INT64, perm=(0, 2, 1))
+    here = pen.put("Equal", targets, row, dtype=ir.DataType.BOOL)
     weights = pen.put("Where", here, brought, pen.numbers(0, "zero"), as_="weights")
-    added = pen.put("ReduceSum", weights, pen.integers([2], "axes"), as_="added", keepdims=0)
+    added = pen.put("ReduceSum", weights, pen.integers([2], "axes"), as_="added", keepdims=1)
     sizes = pen.put("Add", added, own, as_="sizes")
     divisor = _divisor(pen, sizes, state)
-    share = pen.unsqueeze(pen.put("Div", own, divisor, as_="share"), 2)
-    weights = pen.put("Div", weights, pen.unsqueeze(divisor, 2), as_="weights")
-    sums = pen.put("MatMul", weights, moved, as_="sums")
+    share = pen.put("Div", own, divisor, as_="share")
+    sums = pen.put("MatMul", pen.put("Div", weights, divisor, as_="weights"), moved, as_="sums")
     return pen.put("Add", pen.put("Mul", kept, share), sums, as_="merged"), sizes
 
 
@@ -68,13 +68,15 @@ def _by_matrix(
     order = pen.integers(found.order, "order")
     x = pen.put("Gather", x, order, as_="ordered", dtype=x.dtype, axis=1)
     row = pen.numbers(np.arange(rows)[:, None], "rows")
-    here = pen.put("Equal", pen.unsqueeze(found.rows, 1), row, dtype=ir.DataType.BOOL)
+    column = pen.put("Transpose", found.rows, perm=(0, 2, 1))
+    here = pen.put("Equal", column, row, dtype=ir.DataType.BOOL)
     brought = pen.numbers(1, "one")
     if state.sizes is not None:
-        brought = pen.unsqueeze(pen.put("Gather", state.sizes, order, axis=1), 1)
+        ordered = pen.put("Gather", state.sizes, order, axis=1)
+        brought = pen.put("Transpose", ordered, perm=(0, 2, 1))
     matrix = pen.put("Where", here, brought, pen.numbers(0, "zero"), as_="matrix")
-    sizes = pen.put("ReduceSum", matrix, pen.integers([2], "axes"), as_="sizes", keepdims=0)
-    shares = pen.put("Div", matrix, pen.unsqueeze(_divisor(pen, sizes, state), 2), as_="shares")
+    sizes = pen.put("ReduceSum", matrix, pen.integers([2], "axes"), as_="sizes", keepdims=1)
+    shares = pen.put("Div", matrix, _divisor(pen, sizes, state), as_="shares")
     return pen.put("MatMul", shares, x, as_="merged"), sizes
 
 
@@ -84,10 +86,10 @@ def _divisor(pen: Emitter, sizes: ir.Value, state: State) -> ir.Value:
 
 
 def _places_by_index(pen: Emitter, found: Gathered, rows: int) -> ir.Value:
-    """int64 [B, N]: the row that each token is in; every entry is written once."""
+    """int64 [B, N, 1]: the row that each token is in; every entry is written once."""
     integer = ir.DataType.INT64
     nothing = pen.put("Sub", found.keep, found.keep, dtype=integer)
-    own = pen.put("Add", nothing, pen.integers(np.arange(rows), "rows"), dtype=integer)
+    own = pen.put("Add", nothing, pen.integers(np.arange(rows)[:, None], "rows"), dtype=integer)
     token = pen.put("Concat", found.keep, found.sources, dtype=integer, axis=1)
     row = pen.put("Concat", own, found.targets, dtype=integer, axis=1)
     return pen.put("ScatterElements", token, token, row, as_="places", dtype=integer, axis=1)
@@ -113,7 +115,8 @@ def size_mask(pen: Emitter, state: State, *, proportional: bool) -> ir.Value | N
     if state.padded:
         real = pen.put("Greater", state.sizes, pen.numbers(0, "zero"), dtype=ir.DataType.BOOL)
         logs = pen.put("Where", real, logs, pen.numbers(_CUT, "cut"), as_="log_sizes")
-    return pen.unsqueeze(logs, 1, 2)
+    turned = pen.put("Transpose", logs, perm=(0, 2, 1))
+    return pen.put("Unsqueeze", turned, pen.integers([1], "axes"), as_="size_mask")
 
 
 def unmerged(pen: Emitter, x: ir.Value, state: State) -> ir.Value:

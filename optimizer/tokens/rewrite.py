@@ -109,7 +109,8 @@ def _with_padding(pen: Emitter, state: State, tower: Tower) -> State:
         return state
     flag = ir.DataType.BOOL
     real = pen.put("Cast", tower.padding, as_="real", dtype=flag, to=flag)
-    return replace(state, sizes=pen.put("Cast", real, as_="sizes", to=pen.dtype), padded=True)
+    column = pen.put("Unsqueeze", real, pen.integers([2], "axes"), dtype=flag)
+    return replace(state, sizes=pen.put("Cast", column, as_="sizes", to=pen.dtype), padded=True)
 
 
 def _reduce(
@@ -187,7 +188,7 @@ def _select(graph: ir.Graph, reader: Reader, value: ir.Value, protected: tuple[i
 def _output_places(graph: ir.Graph, state: State, count: int, name: str) -> None:
     assert state.places is not None  # noqa: S101 - asked for after a reduction
     pen = Emitter(graph, None, name, ir.DataType.INT64)
-    places = pen.put("Identity", state.places)
+    places = pen.put("Squeeze", state.places, pen.integers([2], "axes"))
     places.name = graphs.unique_name(graph, name)
     first = graph.inputs[0].shape
     places.shape = ir.Shape([None if first is None else first[0], count])
