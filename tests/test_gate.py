@@ -19,6 +19,7 @@ from rule_case import graph
 
 from optimizer import gate as gates
 from optimizer.checks import check_graph, fingerprint
+from optimizer.conformance.encoders import build_encoder
 from optimizer.gate import LEFT_OUT, Gate, Recorder, Rewrite, first, only, without
 from optimizer.legalize import legalize
 from optimizer.model_io import load_model
@@ -35,6 +36,8 @@ from passes.outliertune import OutlierTune
 from passes.sparse_matmul import Options as SparseOptions
 from passes.sparse_matmul import SparseMatMul
 from passes.sparsify import Sparsify
+from passes.tome import Options as TokenOptions
+from passes.tome import ToMe
 
 SHIPPED = Path(__file__).resolve().parent.parent / "benchmarks/models/stories12l/stories12l-kv.onnx"
 LLAMA = models.Config()
@@ -88,6 +91,10 @@ def pack(model: ir.Model, gate: Gate) -> Report:
     return FuseConcurrent(chosen).call(model, Context(gate=gate))
 
 
+def merge(model: ir.Model, gate: Gate) -> Report:
+    return ToMe(TokenOptions(r=2)).call(model, Context(gate=gate))
+
+
 def half(config: models.Config) -> ir.Model:
     return half_types.convert(models.build(config), half_types.BFLOAT16)
 
@@ -129,6 +136,7 @@ EXACT: dict[str, Case] = {
 }
 APPROXIMATE: dict[str, Case] = {
     "cqil": (lambda: models.build(layers=6), group),
+    "tome": (build_encoder, merge),
     "sparsify": (lambda: models.build(LLAMA), prune),
     "outliertune": (lambda: models.build(LLAMA), tune),
     "fp16": (lambda: models.build(CACHED), narrow("fp16", "cache")),
