@@ -27,6 +27,8 @@ PASS_NAMES: tuple[str, ...] = (
     "canonicalize",
     "cqil",
     "tome",
+    "crossget",
+    "prune-tokens",
     "sparsify",
     "outliertune",
     "fuse-concurrent",

@@ -48,6 +48,11 @@ class Bipartite:
         """The most tokens that one reduction can take from ``count``."""
         return Sides(count, protected).limit
 
+    def fault(self, count: int, protected: tuple[int, ...]) -> str | None:
+        """Why a tower with these protected tokens is left alone."""
+        del count, protected
+        return None
+
     def reduce(
         self, pen: Emitter, block: Block, x: ir.Value, state: State, r: int
     ) -> tuple[ir.Value, State]:

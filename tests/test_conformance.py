@@ -29,6 +29,8 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
     "canonicalize": [],
     "cqil": [{"first": 0, "last": 1}],
     "tome": [{"r": 3}, {"keep": 0.3, "lowering": "matrix", "places": True}],
+    "crossget": [{"r": 3}, {"keep": 0.3, "lowering": "matrix", "guidance": "none"}],
+    "prune-tokens": [{"r": 3}, {"keep": 0.3, "lowering": "matrix", "guidance": "all"}],
     "sparsify": [
         {"method": "magnitude", "heads": True, "embeddings": True},
         {"pattern": "unstructured", "sparsity": 0.3, "allocation": "damage", "method": "wanda"},

@@ -27,7 +27,7 @@ OPTIONS = {
     "sparse-matmul": ":force=true",
 }
 #: Passes that need a fixed number of tokens; their own tests run them with a symbolic batch.
-FIXED_TOKENS = {"tome"}
+FIXED_TOKENS = {"tome", "crossget", "prune-tokens"}
 #: Which lengths are fixed; the others are names.
 FIXED: dict[str, dict[str, int]] = {
     "batch": {"sequence": 6},

@@ -36,8 +36,6 @@ from passes.outliertune import OutlierTune
 from passes.sparse_matmul import Options as SparseOptions
 from passes.sparse_matmul import SparseMatMul
 from passes.sparsify import Sparsify
-from passes.tome import Options as TokenOptions
-from passes.tome import ToMe
 
 SHIPPED = Path(__file__).resolve().parent.parent / "benchmarks/models/stories12l/stories12l-kv.onnx"
 LLAMA = models.Config()
@@ -91,8 +89,10 @@ def pack(model: ir.Model, gate: Gate) -> Report:
     return FuseConcurrent(chosen).call(model, Context(gate=gate))
 
 
-def merge(model: ir.Model, gate: Gate) -> Report:
-    return ToMe(TokenOptions(r=2)).call(model, Context(gate=gate))
+def reduce(name: str) -> Run:
+    pass_class = get_pass(name)
+    graph_pass = pass_class(pass_class.Options(r=2))
+    return lambda model, gate: graph_pass.call(model, Context(gate=gate))
 
 
 def half(config: models.Config) -> ir.Model:
@@ -136,7 +136,9 @@ EXACT: dict[str, Case] = {
 }
 APPROXIMATE: dict[str, Case] = {
     "cqil": (lambda: models.build(layers=6), group),
-    "tome": (build_encoder, merge),
+    "tome": (build_encoder, reduce("tome")),
+    "crossget": (build_encoder, reduce("crossget")),
+    "prune-tokens": (build_encoder, reduce("prune-tokens")),
     "sparsify": (lambda: models.build(LLAMA), prune),
     "outliertune": (lambda: models.build(LLAMA), tune),
     "fp16": (lambda: models.build(CACHED), narrow("fp16", "cache")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import onnx_ir as ir
 from pydantic import Field, field_validator, model_validator
@@ -132,7 +132,7 @@ class TokenPass(GraphPass[OptionsT]):
     """Base of passes that reduce tokens."""
 
     exactness = Exactness.APPROXIMATE
-    Options = TokenOptions
+    Options: ClassVar[type[PassOptions]] = TokenOptions
     # Layers are recognised, and keys are read, before weights are quantized or packed.
     after = ("canonicalize", "cqil")
 
@@ -148,6 +148,7 @@ class TokenPass(GraphPass[OptionsT]):
         make: Callable[[Tower], Method],
         *,
         ordered: bool = False,
+        protect: Sequence[int] = (),
     ) -> Report:
         """Reduce the tokens of every tower of ``model``, in place.
 
@@ -156,11 +157,27 @@ class TokenPass(GraphPass[OptionsT]):
             context: Target and gate.
             make: The way to choose tokens of a tower.
             ordered: Whether that way keeps the order of tokens.
+            protect: Positions that it needs protected.
 
         Raises:
             OptionError: ``r`` is a list of another length than the tower.
         """
-        return _reduce_model(model, context, self.options, self.name, make, ordered=ordered)
+        protected = (*self.options.protect, *protect)
+        if NOTE in model.metadata_props:
+            why = Skip("model", "its tokens are reduced already")
+            return Report(modified=False, skipped=(why,))
+        structure = find_blocks(model)
+        log = _Log([], [Skip(site, reason) for site, reason in structure.misses], [], [])
+        towers, refused = find_towers(model, structure.blocks, protected, ordered=ordered)
+        log.skipped.extend(refused)
+        for tower in towers:
+            _reduce_tower(model, tower, context, self.options, self.name, make(tower), log)
+        if log.sites:
+            remove_dead(model)
+            model.metadata_props[NOTE] = self.name
+        elif not structure.blocks and not structure.misses:
+            log.skipped.append(Skip("model", "it has no transformer layers"))
+        return log.report()
 
 
 @dataclass
@@ -172,6 +189,17 @@ class _Log:
     notes: list[str]
     towers: list[dict[str, Any]]
 
+    def report(self) -> Report:
+        """As the pass returns it."""
+        return Report(
+            modified=bool(self.sites),
+            applied=len(self.sites),
+            skipped=tuple(self.skipped),
+            sites=tuple(self.sites),
+            details={"towers": self.towers},
+            notes=tuple(self.notes),
+        )
+
     def skip(self, blocks: Sequence[Block], reason: str) -> None:
         self.skipped.extend(Skip(_site(block), reason) for block in blocks)
 
@@ -180,36 +208,10 @@ def _site(block: Block) -> str:
     return f"layer {block.index}"
 
 
-def _reduce_model(
-    model: ir.Model,
-    context: Context,
-    options: TokenOptions,
-    name: str,
-    make: Callable[[Tower], Method],
-    *,
-    ordered: bool = False,
-) -> Report:
-    if NOTE in model.metadata_props:
-        return Report(modified=False, skipped=(Skip("model", "its tokens are reduced already"),))
-    structure = find_blocks(model)
-    log = _Log([], [Skip(site, reason) for site, reason in structure.misses], [], [])
-    towers, refused = find_towers(model, structure.blocks, options.protect, ordered=ordered)
-    log.skipped.extend(refused)
-    for tower in towers:
-        _reduce_tower(model, tower, context, options, name, make(tower), log)
-    if log.sites:
-        remove_dead(model)
-        model.metadata_props[NOTE] = name
-    elif not structure.blocks and not structure.misses:
-        log.skipped.append(Skip("model", "it has no transformer layers"))
-    return Report(
-        modified=bool(log.sites),
-        applied=len(log.sites),
-        skipped=tuple(log.skipped),
-        sites=tuple(log.sites),
-        details={"towers": log.towers},
-        notes=tuple(log.notes),
-    )
+def _limit(method: Method, tower: Tower, count: int) -> int:
+    """The most tokens that can be removed from ``count``; protected ones come first then."""
+    first = tuple(range(len(tower.protected)))
+    return method.limit(count, tower.protected if count == tower.count else first)
 
 
 def _reduce_tower(
@@ -228,10 +230,12 @@ def _reduce_tower(
     if free < 2:
         log.skip(blocks, f"fewer than two of {tower.count} tokens are not protected")
         return
+    fault = method.fault(tower.count, tower.protected)
+    if fault is not None:
+        log.skip(blocks, fault)
+        return
     wanted = options.wanted(name, len(blocks), free)
-    numbers, less = schedule.clipped(
-        wanted, tower.count, lambda count: method.limit(count, tower.protected)
-    )
+    numbers, less = schedule.clipped(wanted, tower.count, lambda n: _limit(method, tower, n))
     if less:
         layers = ", ".join(str(blocks[i].index) for i in less)
         log.notes.append(

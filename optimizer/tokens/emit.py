@@ -25,6 +25,7 @@ class State:
         sizes: [B, count, 1], how many original tokens each stands for; None: each for itself.
         places: int64 [B, N, 1], where each original token is now; None: where it was.
         padded: Whether some tokens may have size 0.
+        mask: [B, 1, 1, count], what the attentions here add to their scores; None: nothing.
     """
 
     count: int
@@ -32,6 +33,7 @@ class State:
     sizes: ir.Value | None = None
     places: ir.Value | None = None
     padded: bool = False
+    mask: ir.Value | None = None
 
 
 class Emitter:
@@ -111,5 +113,29 @@ class Emitter:
             start, end = self.integers([0], "start"), self.integers([1], "end")
             one = self.put("Slice", like, start, end, end, as_="one", dtype=like.dtype)
             self._zero = self.put("Sub", one, one, as_="zero", dtype=like.dtype)
-        column = self.integers(np.asarray(numbers)[:, None], "column")
+        column = self.integers(np.asarray(numbers, int)[:, None], "column")
         return self.put("Add", self._zero, column, as_="fixed", dtype=like.dtype)
+
+    def first(self, value: ir.Value, size: int, count: int) -> ir.Value:
+        """Bool [B, size, 1]: the ``count`` largest of ``value`` [B, size, 1]; ties: the lower.
+
+        The rank of a number is how many are larger, or equal and before it: no sort is needed.
+        """
+        flag = ir.DataType.BOOL
+        others = self.put("Transpose", value, perm=(0, 2, 1))
+        earlier = self.flags(np.tri(size, k=-1), "earlier")
+        same = self.put("And", self.put("Equal", others, value, dtype=flag), earlier, dtype=flag)
+        larger = self.put("Or", self.put("Greater", others, value, dtype=flag), same, dtype=flag)
+        counted = self.put("Cast", larger, to=self.dtype)
+        rank = self.put("ReduceSum", counted, self.integers([2], "axes"), as_="rank", keepdims=1)
+        return self.put("Less", rank, self.numbers(count), as_="first", dtype=flag)
+
+    def between(
+        self, value: ir.Value, before: np.ndarray, size: int, after: np.ndarray
+    ) -> ir.Value:
+        """[B, N, 1]: ``value`` [B, size, 1] with constants before and after it."""
+        if not len(before) + len(after):
+            return value
+        pads = self.integers([0, len(before), 0, 0, len(after), 0], "pads")
+        constants = np.concatenate([before, np.zeros(size), after])[:, None]
+        return self.put("Add", self.put("Pad", value, pads), self.numbers(constants), as_="rows")

@@ -69,10 +69,12 @@ class Positioned:
     Attributes:
         order: int64 constant [N], a permutation.
         rows: [B, N, 1], whole numbers in the model's floating-point type.
+        weights: [B, N, 1], above 0, of token ``order[i]`` in its row; None: the sizes.
     """
 
     order: np.ndarray
     rows: ir.Value
+    weights: ir.Value | None = None
 
 
 def head_mean(pen: Emitter, attention: Attention, key: ir.Value) -> ir.Value:
@@ -147,30 +149,18 @@ def gathered(
 def positioned(
     pen: Emitter, metric: ir.Value, sides: Sides, r: int, padded: ir.Value | None = None
 ) -> Positioned:
-    """The ``r`` closest pairs, as the row of each token: no sort, no gather by data, no scatter.
-
-    The rank of a pair is the number of pairs that are closer, or equally close and before it.
-    """
+    """The ``r`` closest pairs, as the row of each token: no sort, no gather by data, no scatter."""
     best, nearest = _best(pen, metric, sides, padded)
     size, first = len(sides.sources), len(sides.protected)
-    theirs = pen.put("Transpose", best, perm=(0, 2, 1))
     flag = ir.DataType.BOOL
-    earlier = pen.flags(np.tri(size, k=-1), "earlier")
-    same = pen.put("And", pen.put("Equal", theirs, best, dtype=flag), earlier, dtype=flag)
-    closer = pen.put("Or", pen.put("Greater", theirs, best, dtype=flag), same, dtype=flag)
-    axes = pen.integers([2], "axes")
-    rank = pen.put("ReduceSum", _float(pen, closer), axes, as_="rank", keepdims=1)
-    merged = pen.put("Less", rank, pen.numbers(r), as_="merged", dtype=flag)
+    merged = pen.first(best, size, r)
     stays = _float(pen, pen.put("Not", merged, dtype=flag))
     triangle = pen.numbers(np.tri(size, k=-1), "triangle")
     own = pen.put("Add", pen.put("MatMul", triangle, stays), pen.numbers(first), as_="own")
     target = pen.put("Add", _float(pen, nearest), pen.numbers(first + size - r), as_="target")
     a_rows = pen.put("Where", merged, target, own, as_="a_rows")
-    # The rows of the others are constants: zeros of A are where the computed ones are padded to.
     last = np.arange(first + size - r, sides.count - r)
-    fixed = np.concatenate([np.arange(first), np.zeros(size), last])[:, None]
-    pads = pen.integers([0, first, 0, 0, len(last), 0], "pads")
-    rows = pen.put("Add", pen.put("Pad", a_rows, pads), pen.numbers(fixed, "fixed"), as_="rows")
+    rows = pen.between(a_rows, np.arange(first), size, last)
     order = np.concatenate([np.asarray(sides.protected, int), sides.sources, sides.destinations])
     return Positioned(order.astype(np.int64), rows)
 

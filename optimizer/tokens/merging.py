@@ -70,13 +70,19 @@ def _by_matrix(
     row = pen.numbers(np.arange(rows)[:, None], "rows")
     column = pen.put("Transpose", found.rows, perm=(0, 2, 1))
     here = pen.put("Equal", column, row, dtype=ir.DataType.BOOL)
-    brought = pen.numbers(1, "one")
+    zero, axes = pen.numbers(0, "zero"), pen.integers([2], "axes")
+    sizes_in = pen.numbers(1, "one")
     if state.sizes is not None:
         ordered = pen.put("Gather", state.sizes, order, axis=1)
-        brought = pen.put("Transpose", ordered, perm=(0, 2, 1))
-    matrix = pen.put("Where", here, brought, pen.numbers(0, "zero"), as_="matrix")
-    sizes = pen.put("ReduceSum", matrix, pen.integers([2], "axes"), as_="sizes", keepdims=1)
-    shares = pen.put("Div", matrix, _divisor(pen, sizes, state), as_="shares")
+        sizes_in = pen.put("Transpose", ordered, perm=(0, 2, 1))
+    matrix = pen.put("Where", here, sizes_in, zero, as_="matrix")
+    sizes = pen.put("ReduceSum", matrix, axes, as_="sizes", keepdims=1)
+    total = _divisor(pen, sizes, state)
+    if found.weights is not None:
+        weights = pen.put("Transpose", found.weights, perm=(0, 2, 1))
+        matrix = pen.put("Where", here, weights, zero, as_="matrix")
+        total = pen.put("ReduceSum", matrix, axes, as_="total", keepdims=1)
+    shares = pen.put("Div", matrix, total, as_="shares")
     return pen.put("MatMul", shares, x, as_="merged"), sizes
 
 

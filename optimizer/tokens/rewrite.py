@@ -28,6 +28,10 @@ class Method(Protocol):
         """The most tokens that one reduction can take from ``count``."""
         ...
 
+    def fault(self, count: int, protected: tuple[int, ...]) -> str | None:
+        """Why a tower with these protected tokens is left alone."""
+        ...
+
     def reduce(
         self, pen: Emitter, block: Block, x: ir.Value, state: State, r: int
     ) -> tuple[ir.Value, State]:
@@ -60,7 +64,6 @@ def write(
     flow = flow_of(graph, tower, removed)
     order = {node: index for index, node in enumerate(graph)}
     states = [State(tower.count, tower.protected)]
-    masks: list[ir.Value | None] = [None]
     after: dict[ir.Value, ir.Value] = {}
     for block, r in zip(tower.blocks, removed, strict=True):
         if not r:
@@ -68,13 +71,10 @@ def write(
         pen, before = _pen(graph, block, order), states[-1]
         if len(states) == 1:
             before = _with_padding(pen, before, tower)
-        merged, state, mask = _reduce(
-            pen, block, r, before, method, proportional=settings.proportional
-        )
+        merged, state = _reduce(pen, block, r, before, method, settings)
         after[_hidden(block)] = merged
         states.append(state)
-        masks.append(mask)
-    _mask_attentions(tower, flow, masks)
+    _mask_attentions(tower, flow, states)
     _correct_shapes(flow, states, after)
     _give_back(graph, flow, states, after)
     if settings.places is not None:
@@ -114,19 +114,19 @@ def _with_padding(pen: Emitter, state: State, tower: Tower) -> State:
 
 
 def _reduce(
-    pen: Emitter, block: Block, r: int, state: State, method: Method, *, proportional: bool
-) -> tuple[ir.Value, State, ir.Value | None]:
-    """The fewer tokens, what is known about them, and the mask of the attentions behind."""
+    pen: Emitter, block: Block, r: int, state: State, method: Method, settings: Settings
+) -> tuple[ir.Value, State]:
+    """The fewer tokens, and what is known about them."""
     hidden = _hidden(block)
     uses = list(hidden.uses())
     merged, after = method.reduce(pen, block, hidden, state, r)
     for use in uses:
         use.node.replace_input_with(use.idx, merged)
-    mask = size_mask(pen, after, proportional=proportional)
-    return merged, after, mask
+    mask = size_mask(pen, after, proportional=settings.proportional)
+    return merged, replace(after, mask=mask)
 
 
-def _mask_attentions(tower: Tower, flow: Flow, masks: Sequence[ir.Value | None]) -> None:
+def _mask_attentions(tower: Tower, flow: Flow, states: Sequence[State]) -> None:
     for block in tower.blocks:
         node = block.attention.node
         stage = flow.stages.get(node.outputs[0], 0)
@@ -134,7 +134,7 @@ def _mask_attentions(tower: Tower, flow: Flow, masks: Sequence[ir.Value | None])
             continue
         if len(node.inputs) <= _MASK:
             node.resize_inputs(_MASK + 1)
-        node.replace_input_with(_MASK, masks[stage])
+        node.replace_input_with(_MASK, states[stage].mask)
 
 
 def _correct_shapes(flow: Flow, states: Sequence[State], after: dict[ir.Value, ir.Value]) -> None:
@@ -155,7 +155,8 @@ def _give_back(
         state = states[reader.stage]
         value = reader.value if reader.node is None else after.get(reader.value, reader.value)
         if set(reader.positions) <= set(states[0].protected) and reader.need is Need.SELECT:
-            _select(graph, reader, value, states[0].protected)
+            moved = dict(zip(states[0].protected, state.protected, strict=True))
+            _select(graph, reader, value, [moved[position] for position in reader.positions])
             continue
         if value not in whole:
             dtype = value.dtype or ir.DataType.FLOAT
@@ -171,10 +172,10 @@ def _give_back(
                 reader.node.replace_input_with(position, whole[value])
 
 
-def _select(graph: ir.Graph, reader: Reader, value: ir.Value, protected: tuple[int, ...]) -> None:
-    """Protected tokens come first after a reduction."""
+def _select(graph: ir.Graph, reader: Reader, value: ir.Value, positions: Sequence[int]) -> None:
+    """Let a reader take the tokens at ``positions``, where the protected ones are now."""
     node = reader.node
-    ranks = np.array([protected.index(position) for position in reader.positions], np.int64)
+    ranks = np.array(positions, np.int64)
     if node is None or (np.array_equal(ranks, reader.positions) and node.op_type == "Gather"):
         return
     index = graphs.const(node.inputs[1])

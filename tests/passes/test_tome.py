@@ -66,87 +66,13 @@ def test_layers_equal_the_reference_in_float64(lowering: str, batch: int, specia
     blocks = find_blocks(build_encoder(encoder)).blocks
     names = [n for b in blocks for n in (f"layers.{b.index}.norm2.out", f"stream.{b.index + 1}")]
     found = run(exposed(model, *names), feed)
-    expected = reference_run(encoder, feed, removed, protected)
+    expected = reference.run_encoder(encoder, feed, removed, protected, reference.tome)
     for name in names:
         scale = np.abs(expected[name]).max()
         assert found[name].shape == expected[name].shape
         assert np.abs(found[name] - expected[name]).max() <= 1e-5 * scale
     assert np.array_equal(found["token_places"], expected["places"])
     assert np.abs(found["logits"] - expected["logits"]).max() <= 1e-5 * scale
-
-
-def reference_run(
-    encoder: Encoder, feed: dict[str, np.ndarray], removed: tuple[int, ...], protected: list[int]
-) -> dict[str, np.ndarray]:
-    """The whole model of ``build_encoder`` in float64, one row of the batch at a time."""
-    rows = [
-        reference_row(encoder, patches.astype(np.float64), removed, protected)
-        for patches in feed["patches"]
-    ]
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def reference_row(
-    encoder: Encoder, patches: np.ndarray, removed: tuple[int, ...], protected: list[int]
-) -> dict[str, np.ndarray]:
-    model = build_encoder(encoder)
-    w = {n: v.const_value.numpy().astype(float) for n, v in model.graph.initializers.items()}
-    biased = linear_biases(model)
-    x = patches @ w["embedding.weight"]
-    if encoder.special:
-        x = np.concatenate([w["special"][0], x])
-    x = x + w["position"][0]
-    tokens = reference.Tokens(list(x))
-    result: dict[str, np.ndarray] = {}
-    for layer, r in enumerate(removed):
-        name = f"layers.{layer}"
-
-        def linear(part: str, value: np.ndarray, name: str = name) -> np.ndarray:
-            weight = f"{name}.{part}.weight"
-            return value @ w[weight] + biased[weight]
-
-        x = np.stack(tokens.vectors)
-        n1 = layer_norm(x, w, f"{name}.norm1")
-        q, k, v = (linear(part, n1) for part in "qkv")
-        sizes = None if len(tokens.members) == encoder.count else tokens.sizes
-        h = x + linear("o", reference.attention(q, k, v, 4, sizes))
-        metric = k.reshape(len(k), 4, -1).mean(axis=1)
-        tokens = reference.bipartite(
-            reference.Tokens(list(h), tokens.members), metric, protected, r
-        )
-        protected = list(range(len(protected)))
-        h = np.stack(tokens.vectors)
-        n2 = layer_norm(h, w, f"{name}.norm2")
-        y = h + linear("down", gelu(linear("up", n2)))
-        tokens = reference.Tokens(list(y), tokens.members)
-        result |= {f"{name}.norm2.out": n2, f"stream.{layer + 1}": y}
-    assert tokens.sizes.sum() == encoder.count
-    final = layer_norm(np.stack(tokens.vectors), w, "final_norm")
-    result["logits"] = final[0] @ w["head.weight"]
-    result["places"] = tokens.places()
-    return result
-
-
-def linear_biases(model: ir.Model) -> dict[str, np.ndarray]:
-    found = {}
-    for block in find_blocks(model).blocks:
-        a = block.attention
-        for linear in (a.q, a.k, a.v, a.o, block.dense.up, block.dense.down):
-            assert linear.bias is not None
-            found[linear.weight.name] = linear.bias.const_value.numpy().astype(float)
-    return found
-
-
-def layer_norm(x: np.ndarray, w: dict[str, np.ndarray], name: str) -> np.ndarray:
-    centred = x - x.mean(axis=-1, keepdims=True)
-    unit = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-5)
-    return unit * w[f"{name}.weight"] + w[f"{name}.bias"]
-
-
-def gelu(x: np.ndarray) -> np.ndarray:
-    from math import erf
-
-    return x * 0.5 * (1 + np.vectorize(erf)(x / 2**0.5))
 
 
 # Invariants
