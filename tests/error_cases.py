@@ -563,6 +563,7 @@ VARIANTS = {
     "model_tensors._check_type": _TENSOR,
     "passes._class_named": "a pass from a file that has none",
     "tokens.driver.TokenOptions.wanted": _OPTION,
+    "tokens.driver._searched": "a pass that needs data, without any",
     "passes.cqil._Meter.__init__": _OPTION,
     "passes.cqil._automatic": "a pass that needs data, without any",
     "passes.cqil._window": _OPTION,

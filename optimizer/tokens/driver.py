@@ -10,7 +10,7 @@ import onnx_ir as ir
 from pydantic import Field, field_validator, model_validator
 
 from optimizer.blocks import find_blocks
-from optimizer.errors import OptionError
+from optimizer.errors import CalibrationError, OptionError
 from optimizer.gate import LEFT_OUT
 from optimizer.graph import remove_dead
 from optimizer.pass_base import Context, Exactness, GraphPass, PassOptions, Report, Skip
@@ -19,6 +19,7 @@ from optimizer.targets import get_target
 from optimizer.tokens import schedule
 from optimizer.tokens.emit import NOTE
 from optimizer.tokens.rewrite import Method, Settings, write
+from optimizer.tokens.search import Costs, Search
 from optimizer.tokens.towers import Tower, find_towers
 
 #: Share of the tokens that is left behind the last layer, where nothing else is asked for.
@@ -46,6 +47,17 @@ class TokenOptions(PassOptions):
         le=1,
         description=f"Share of the tokens left behind the last layer, in the place of r; default "
         f"{_KEEP}.",
+    )
+    search: bool = Field(
+        default=False,
+        description="Choose the numbers per layer on sample data: as cheap as what r or keep asks "
+        "for, with less damage.",
+    )
+    drift: float | None = Field(
+        None,
+        gt=0,
+        description="Search for the cheapest numbers that damage outputs by at most this (KL "
+        "divergence of scores in nats, relative L2 of others).",
     )
     protect: tuple[int, ...] = Field(
         (),
@@ -89,6 +101,9 @@ class TokenOptions(PassOptions):
     def _one_of_both(self) -> TokenOptions:
         if self.r is not None and self.keep is not None:
             msg = "r and keep say the same thing in two ways; give one of them"
+            raise ValueError(msg)
+        if self.drift is not None and (self.r is not None or self.keep is not None):
+            msg = "drift is a budget by itself; leave out r and keep"
             raise ValueError(msg)
         if self.slope and (self.r is None or len(self.r) > 1):
             msg = "slope needs r with one number"
@@ -140,6 +155,10 @@ class TokenPass(GraphPass[OptionsT]):
         super().__init__(options)
         if self.options.places:
             self.breaks = frozenset({"outputs"})
+
+    def needs_calibration(self) -> bool:
+        """To search."""
+        return self.options.search or self.options.drift is not None
 
     def reduce(
         self,
@@ -214,6 +233,41 @@ def _limit(method: Method, tower: Tower, count: int) -> int:
     return method.limit(count, tower.protected if count == tower.count else first)
 
 
+def _searched(
+    model: ir.Model,
+    tower: Tower,
+    context: Context,
+    options: TokenOptions,
+    name: str,
+    method: Method,
+    wanted: list[int],
+) -> list[int]:
+    """Numbers per layer that were chosen on the calibration data."""
+    calibration = context.calibration
+    if calibration is None:
+        raise CalibrationError(
+            f"pass '{name}': a search measures the outputs on sample data; add --calibration "
+            "FILE.npz with one array per model input."
+        )
+    reference = calibration.reference(model)
+    first = tower.blocks[0].index
+
+    def damage(removed: Sequence[int]) -> float:
+        copy = model.clone()
+        towers, _ = find_towers(copy, find_blocks(copy).blocks, tower.protected, ordered=True)
+        same = next(t for t in towers if t.blocks[0].index == first)
+        write(copy, same, removed, method, Settings(options.proportional))
+        remove_dead(copy)
+        found = calibration.drift(reference, copy)
+        return found.relative_l2 if found.kl is None else found.kl
+
+    costs = Costs.of(tower.blocks, tower.count)
+    search = Search(costs, lambda count: _limit(method, tower, count), damage)
+    if options.drift is not None:
+        return list(search.within_damage(options.drift))
+    return list(search.within_cost(wanted))
+
+
 def _reduce_tower(
     model: ir.Model,
     tower: Tower,
@@ -236,6 +290,12 @@ def _reduce_tower(
         return
     wanted = options.wanted(name, len(blocks), free)
     numbers, less = schedule.clipped(wanted, tower.count, lambda n: _limit(method, tower, n))
+    if options.search or options.drift is not None:
+        key = f"schedule {blocks[0].index}"
+        numbers = context.gate.decide(
+            key, lambda: _searched(model, tower, context, options, name, method, numbers)
+        )
+        less = []
     if less:
         layers = ", ".join(str(blocks[i].index) for i in less)
         log.notes.append(
