@@ -38,6 +38,7 @@ LAYERS = [
         "precision sparse_layers tokens generation legalize",
         "passes pass_template",
         "budget recipe provenance report footprint verify pipeline benchmark export inspection "
+        "token_picture "
         "comparison divergence judges command_judge stages shares bisection "
         "conformance",
         "progress job bisect_job api cli __main__",
