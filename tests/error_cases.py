@@ -245,6 +245,10 @@ def untraceable() -> Any:
 OPTIONS = (
     Row("a mistyped command", 2, "the nearest one", ("did you mean the command 'inspect'?",),
         lambda _: ["inspekt"], ("cli._check_word",)),
+    Row("a picture of the tokens of a model that does not tell where they went", 2,
+        "the pass that makes one", ("--passes tome:places=true",),
+        lambda p: ["inspect", p.small, "--tokens", p.folder / "images.npz"],
+        ("token_picture.picture",)),
     Row("an unknown option of the command", 2, "the nearest one", ("--passes",),
         lambda p: [p.small, "--pases", "cqil"]),
     Row("an unknown pass", 2, "the nearest one", ("did you mean 'canonicalize'?",),
@@ -563,6 +567,7 @@ VARIANTS = {
     "model_tensors._check_type": _TENSOR,
     "passes._class_named": "a pass from a file that has none",
     "tokens.driver.TokenOptions.wanted": _OPTION,
+    "token_picture._write": "the disk is full, or the folder not writable",
     "tokens.driver._searched": "a pass that needs data, without any",
     "passes.cqil._Meter.__init__": _OPTION,
     "passes.cqil._automatic": "a pass that needs data, without any",
