@@ -14,6 +14,8 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from optimizer import graph as graphs
+from optimizer.raising.dims import Shape
+from optimizer.raising.shapes import Shapes
 
 #: Float masks: from here on a score is cut off.
 _CUT = -1e4
@@ -35,21 +37,24 @@ def read_mask(model: ir.Model, mask: ir.Value | None, count: int) -> Padding | s
     """What ``mask`` hides from ``count`` tokens, or why it cannot be kept when they are merged."""
     if mask is None:
         return Padding()
-    nodes, inputs, read = _ancestors(mask)
+    nodes, inputs, shaped = _behind(mask)
     if any(True for node in nodes for _ in graphs.attribute_graphs(node)):
         return "its attention mask depends on control flow"
-    if len(read) > 1:
+    if len(inputs) > 1:
         return "its attention mask depends on more than one input"
-    source = next(iter(read), None)
+    source = next(iter(inputs), None)
     if source is not None and (source.shape is None or len(source.shape) != 2):
         return f"its attention mask depends on the numbers in input '{source.name}'"
-    extracted = ir.convenience.extract(model.graph, inputs, [mask])
+    ends = tuple(dict.fromkeys((*inputs, *shaped)))
+    shapes = Shapes()
+    sizes = {value: shapes.of(value) for value in ends}
+    extracted = ir.convenience.extract(model.graph, ends, [mask])
     extracted.opset_imports.update(model.graph.opset_imports)
     for value in (*extracted.inputs, *extracted.outputs):
         value.shape = None
     try:
         evaluator = ReferenceEvaluator(ir.to_proto(ir.Model(extracted, ir_version=10)))
-        found = [_hidden(evaluator, inputs, source, count, batch) for batch in (1, 2)]
+        found = [_hidden(evaluator, sizes, source, count, batch) for batch in (1, 2)]
     except Exception as error:  # the reference raises whatever it likes
         text = " ".join(str(error).split())[:120]
         return f"its attention mask cannot be evaluated ({text})"
@@ -59,7 +64,7 @@ def read_mask(model: ir.Model, mask: ir.Value | None, count: int) -> Padding | s
 
 def _hidden(
     evaluator: ReferenceEvaluator,
-    inputs: tuple[ir.Value, ...],
+    sizes: dict[ir.Value, Shape | None],
     source: ir.Value | None,
     count: int,
     batch: int,
@@ -67,7 +72,9 @@ def _hidden(
     """None where the mask hides padding and nothing else from each real token."""
     valid = np.random.default_rng(batch).integers(0, 2, (batch, count)).astype(bool)
     valid[:, 0] = True
-    feed = {str(v.name): _feed(v, valid if v is source else None, batch, count) for v in inputs}
+    feed = {str(v.name): _zeros(v, sizes[v], batch) for v in sizes}
+    if source is not None:
+        feed[str(source.name)] = valid.astype(feed[str(source.name)].dtype)
     mask = np.asarray(evaluator.run(None, feed)[0])
     if mask.dtype != np.bool_:
         if np.any((mask != 0) & (mask > _CUT)):
@@ -85,21 +92,25 @@ def _hidden(
     return None
 
 
-def _feed(value: ir.Value, valid: np.ndarray | None, batch: int, count: int) -> np.ndarray:
-    dtype = np.float32 if value.dtype is None else value.dtype.numpy()
-    if valid is not None:
-        return valid.astype(dtype)
-    dims = [] if value.shape is None else list(value.shape)
-    sizes = [d if isinstance(d, int) else (count if i else batch) for i, d in enumerate(dims)]
-    return np.zeros(sizes, dtype)
+def _zeros(value: ir.Value, shape: Shape | None, batch: int) -> np.ndarray:
+    """Zeros of a value whose only unknown size is the batch."""
+    if shape is None:
+        msg = f"the rank of '{value.name}' is not known"
+        raise ValueError(msg)
+    sizes = [
+        dim if isinstance(dim, int) else sum(n * batch ** len(names) for names, n in dim)
+        for dim in shape
+    ]
+    return np.zeros(sizes, np.float32 if value.dtype is None else value.dtype.numpy())
 
 
-def _ancestors(
+def _behind(
     mask: ir.Value,
 ) -> tuple[tuple[ir.Node, ...], tuple[ir.Value, ...], tuple[ir.Value, ...]]:
-    """Nodes, graph inputs, and those inputs whose numbers are read, not only their shape."""
+    """Nodes, graph inputs whose numbers they read, and values of which only the shape is read."""
     nodes: dict[ir.Node, None] = {}
     inputs: dict[ir.Value, None] = {}
+    shaped: dict[ir.Value, None] = {}
     stack = [mask]
     while stack:
         item = stack.pop()
@@ -109,10 +120,9 @@ def _ancestors(
                 inputs[item] = None
         elif node not in nodes:
             nodes[node] = None
-            stack.extend(v for v in node.inputs if v is not None)
-    return tuple(nodes), tuple(inputs), tuple(v for v in inputs if _is_read(v, nodes))
-
-
-def _is_read(value: ir.Value, nodes: dict[ir.Node, None]) -> bool:
-    users = (use.node for use in value.uses())
-    return any(node in nodes and node.op_type not in ("Shape", "Size") for node in users)
+            values = [v for v in node.inputs if v is not None]
+            if node.op_type in ("Shape", "Size"):
+                shaped.update(dict.fromkeys(values))
+            else:
+                stack.extend(values)
+    return tuple(nodes), tuple(inputs), tuple(shaped)

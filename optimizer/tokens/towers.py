@@ -142,13 +142,10 @@ def _fault(block: Block, *, ordered: bool) -> str | None:
 
 
 def _is_cached(attention: Attention) -> bool:
-    return any(
-        value is not None
-        for value in (
-            attention.past_key, attention.past_value, attention.present_key,
-            attention.present_value,
-        )
-    )  # fmt: skip
+    presents = [v for v in (attention.present_key, attention.present_value) if v is not None]
+    if any(value.uses() or value.is_graph_output() for value in presents):
+        return True
+    return attention.past_key is not None or attention.past_value is not None
 
 
 def _tokens(block: Block, shapes: Shapes) -> int | None:
