@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 PASS_NAMES: tuple[str, ...] = (
     "canonicalize",
     "cqil",
+    "tome",
+    "crossget",
+    "prune-tokens",
     "sparsify",
     "outliertune",
     "fuse-concurrent",

@@ -103,7 +103,7 @@ class FuseConcurrent(GraphPass[Options]):
     exactness = Exactness.REASSOCIATED
     Options = Options
     # Packed projections are no longer blocks to the passes that look for them.
-    after = ("canonicalize", "cqil", "sparsify", "outliertune")
+    after = ("canonicalize", "cqil", "tome", "crossget", "prune-tokens", "sparsify", "outliertune")
 
     def call(self, model: ir.Model, context: Context) -> Report:
         """Pack and stack, in place."""

@@ -127,7 +127,7 @@ class OutlierTune(GraphPass[Options]):
     name = "outliertune"
     exactness = Exactness.APPROXIMATE
     Options = Options
-    after = ("canonicalize", "cqil", "sparsify")
+    after = ("canonicalize", "cqil", "tome", "crossget", "prune-tokens", "sparsify")
 
     def needs_calibration(self) -> bool:
         """Always: scales come from activations."""

@@ -35,9 +35,10 @@ LAYERS = [
         "model_input model_writer "
         "model_io frontends runners",
         "observers calibration pass_base graphsurgeon external_passes quantization pruning "
-        "precision sparse_layers sparse_replacement generation legalize",
+        "precision sparse_layers sparse_replacement tokens generation legalize",
         "passes pass_template",
         "budget recipe provenance report footprint verify pipeline benchmark export inspection "
+        "token_picture "
         "comparison divergence judges command_judge stages shares bisection "
         "conformance",
         "progress job bisect_job api cli __main__",

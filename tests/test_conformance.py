@@ -28,6 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 OPTIONS: dict[str, list[dict[str, object]]] = {
     "canonicalize": [],
     "cqil": [{"first": 0, "last": 1}],
+    "tome": [{"r": 3}, {"keep": 0.3, "lowering": "matrix", "places": True}],
+    "crossget": [{"r": 3}, {"keep": 0.3, "lowering": "matrix", "guidance": "none"}],
+    "prune-tokens": [{"r": 3}, {"keep": 0.3, "lowering": "matrix", "guidance": "all"}],
     "sparsify": [
         {"method": "magnitude", "heads": True, "embeddings": True},
         {"pattern": "unstructured", "sparsity": 0.3, "allocation": "damage", "method": "wanda"},
@@ -146,7 +149,7 @@ def test_an_option_that_recipes_lose_is_found() -> None:
 def test_a_pass_without_faults_has_none_but_in_its_notes() -> None:
     outcomes = list(check(bad_passes.Good))
     assert failed(outcomes) == []
-    assert outcomes[-1].found == "rewrites decoder, encoder, parallel"
+    assert outcomes[-1].found == "rewrites decoder, encoder, vision, parallel"
     notes = {item.found for item in outcomes if item.status is Status.NOTE}
     assert notes == {"it rewrites without asking context.gate.allow(site)"}
 
@@ -256,7 +259,7 @@ def test_models_of_the_authors_own_are_tried_too(
     assert (found.code, content["passed"]) == (0, True)
     assert content["checks"]["runs"]["passed"] == len(MODELS) + 1
     outcomes = list(check(bad_passes.Good, models={"own": lambda: models.build(bias=True)}))
-    assert outcomes[-1].found.endswith("rewrites decoder, encoder, parallel, own")
+    assert outcomes[-1].found.endswith("rewrites decoder, encoder, vision, parallel, own")
 
 
 @pytest.mark.usefixtures("one_process")

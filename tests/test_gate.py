@@ -19,6 +19,7 @@ from rule_case import graph
 
 from optimizer import gate as gates
 from optimizer.checks import check_graph, fingerprint
+from optimizer.conformance.encoders import build_encoder
 from optimizer.gate import LEFT_OUT, Gate, Recorder, Rewrite, first, only, without
 from optimizer.legalize import legalize
 from optimizer.model_io import load_model
@@ -88,6 +89,12 @@ def pack(model: ir.Model, gate: Gate) -> Report:
     return FuseConcurrent(chosen).call(model, Context(gate=gate))
 
 
+def reduce(name: str) -> Run:
+    pass_class = get_pass(name)
+    graph_pass = pass_class(pass_class.Options(r=2))
+    return lambda model, gate: graph_pass.call(model, Context(gate=gate))
+
+
 def half(config: models.Config) -> ir.Model:
     return half_types.convert(models.build(config), half_types.BFLOAT16)
 
@@ -129,6 +136,9 @@ EXACT: dict[str, Case] = {
 }
 APPROXIMATE: dict[str, Case] = {
     "cqil": (lambda: models.build(layers=6), group),
+    "tome": (build_encoder, reduce("tome")),
+    "crossget": (build_encoder, reduce("crossget")),
+    "prune-tokens": (build_encoder, reduce("prune-tokens")),
     "sparsify": (lambda: models.build(LLAMA), prune),
     "outliertune": (lambda: models.build(LLAMA), tune),
     "fp16": (lambda: models.build(CACHED), narrow("fp16", "cache")),

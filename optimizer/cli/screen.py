@@ -220,6 +220,14 @@ def print_bench(result: BenchmarkResult) -> None:
     )
 
 
+def print_tokens(found: dict[str, Any]) -> None:
+    """The answer of ``optimize inspect --tokens``."""
+    console().print(
+        f"{found['picture']}: {found['left']} of {found['patches']} patches are still apart",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
 def print_description(content: dict[str, Any]) -> None:
     """The answer of ``optimize inspect``."""
     out = console()

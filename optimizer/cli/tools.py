@@ -49,11 +49,38 @@ _threads = click.option("--threads", type=click.IntRange(1), default=1, show_def
 @click.argument("model", type=_FILE)
 @_custom_ops
 @_json
-def inspect_command(model: Path, custom_ops: tuple[Path, ...], as_json: bool) -> int:  # noqa: FBT001
+@click.option(
+    "--tokens",
+    type=_FILE,
+    metavar="DATA",
+    help="Draw which patches of an image were merged, for a model with the output token_places.",
+)
+@click.option("--sample", type=click.IntRange(0), default=0, help="Which image of DATA.")
+@click.option(
+    "-o", "--output", type=_FILE, metavar="PNG", help="The picture; default MODEL.tokens.png."
+)
+def inspect_command(
+    model: Path,
+    custom_ops: tuple[Path, ...],
+    as_json: bool,  # noqa: FBT001
+    tokens: Path | None,
+    sample: int,
+    output: Path | None,
+) -> int:
     """Show what is in MODEL: inputs, outputs, operators, blocks, sizes, provenance."""
     from optimizer.cli import screen
     from optimizer.inspection import describe_model
 
+    if tokens is not None:
+        from optimizer.token_picture import picture
+
+        target = output or model.with_suffix(".tokens.png")
+        found = {"picture": str(target), **picture(model, tokens, target, sample=sample)}
+        if as_json:
+            screen.print_json(found)
+        else:
+            screen.print_tokens(found)
+        return EXIT_DONE
     content = describe_model(model, custom_ops)
     if as_json:
         screen.print_json(content)

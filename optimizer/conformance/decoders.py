@@ -132,7 +132,7 @@ def build(config: Config | None = None, **changes: Any) -> ir.Model:
         layer = _Layer(w, c, i, source, cos, sin, mask, pasts[i] if pasts else None)
         x, present = layer.write(x)
         outputs.extend(present)
-    final = _norm(w, c, "final_norm", x, np.random.default_rng(c.seed + 999), c.epsilon)
+    final = write_norm(w, c, x)
     head = rng.normal(0, c.hidden**-0.5, (c.hidden, c.vocab)).astype(np.float32)
     logits = w.op("MatMul", [final, w.const("lm_head.weight", head)], "logits")
     logits.type, logits.shape = (
@@ -348,6 +348,16 @@ class _Layer:
             return x
         gain = self.rng.uniform(0.5, 1.5, self.c.hidden).astype(np.float32)
         return self.w.op("Mul", [x, self.w.const(f"layers.{self.index}.{name}.gain", gain)])
+
+
+def write_layer(w: Writer, c: Config, index: int, x: ir.Value, mask: ir.Value | None) -> ir.Value:
+    """The stream behind one layer without cache or rotary embedding that reads ``x``."""
+    return _Layer(w, c, index, index, None, None, mask, None).write(x)[0]
+
+
+def write_norm(w: Writer, c: Config, x: ir.Value) -> ir.Value:
+    """The norm behind the last layer."""
+    return _norm(w, c, "final_norm", x, np.random.default_rng(c.seed + 999), c.epsilon)
 
 
 def feed(

@@ -14,6 +14,7 @@ import onnx.shape_inference
 import onnx_ir as ir
 
 from optimizer.conformance.decoders import build
+from optimizer.conformance.encoders import build_encoder
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ MODELS: tuple[Sample, ...] = (
     Sample("decoder", partial(build, layers=3, kv_cache=True, bias=True)),
     Sample("encoder", partial(build, style="post-norm", norm="layer", bias=True, rotary=False,
                               gated=False, activation="gelu")),
+    Sample("vision", build_encoder),
     Sample("parallel", partial(build, style="parallel", norm="layer", bias=True)),
     Sample("shared-weights", partial(build, shared_weights=True, mask=False)),
     *(Sample(name, partial(_from_text, name), name != "custom-operator") for name in _TEXTS),

@@ -102,7 +102,7 @@ def find_sites(model: ir.Model, choice: Choice | None = None) -> tuple[list[Site
             accepted.append(found)
         elif found is not None:
             skipped.append(Skip(layer_name(node), found))
-    heads = _float_heads(accepted, choice) if transformer else []
+    heads = _float_heads(accepted, choice, _quantized(model)) if transformer else []
     skipped += [Skip(layer_name(linear.matmul), _HEAD) for linear in heads]
     groups: dict[ir.Value, list[Linear]] = {}
     for linear in accepted:
@@ -116,13 +116,22 @@ def find_sites(model: ir.Model, choice: Choice | None = None) -> tuple[list[Site
 _HEAD = "computes an output of the model (heads=true, or include it by name, to quantize it)"
 
 
-def _float_heads(linears: list[Linear], choice: Choice) -> list[Linear]:
-    """The layers that compute an output and stay in float."""
+def _float_heads(linears: list[Linear], choice: Choice, quantized: int) -> list[Linear]:
+    """The layers that compute an output and stay in float; ``quantized``: int8 weights there are.
+
+    Those count as well, so that a second run decides as the first did.
+    """
     heads = [x for x in linears if is_head(x.output) and not matches(x, choice.include)]
     if choice.heads is not None:
         return [] if choice.heads else heads
-    rest = sum(_count(linear) for linear in linears if linear not in heads)
+    rest = quantized + sum(_count(linear) for linear in linears if linear not in heads)
     return [linear for linear in heads if _count(linear) < HEAD_SHARE * rest]
+
+
+def _quantized(model: ir.Model) -> int:
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    matrices = [t for t in tensors if t is not None and t.dtype == ir.DataType.INT8]
+    return sum(math.prod(t.shape.numpy()) for t in matrices if len(t.shape) == 2)
 
 
 def _count(linear: Linear) -> int:

@@ -16,6 +16,7 @@ from optimizer.custom_ops.declaration import DOMAIN, OP_TYPE
 from optimizer.raising import dims
 from optimizer.raising import shape_rules as rules
 from optimizer.raising.dims import Dim, Shape
+from optimizer.raising.indexed_rules import INDEXED_RULES
 from optimizer.raising.vector_rules import VECTOR_RULES, vector_of_split
 
 _SAME = frozenset(
@@ -84,7 +85,7 @@ class Shapes:
         elif node.domain != "":
             rule = rules.CONTRIB_RULES.get((node.domain, node.op_type))
         else:
-            rule = rules.RULES.get(node.op_type)
+            rule = rules.RULES.get(node.op_type) or INDEXED_RULES.get(node.op_type)
         try:
             if rule is not None:
                 return rule(self, node, value)

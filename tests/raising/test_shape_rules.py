@@ -23,7 +23,8 @@ CONSTANTS = (
     "int64[4] deep = {3, 1, 1, 1}, int64[3] counts = {1, 2, 1}, "
     "int64[2,2] places = {0, 1, 1, 0}, int64[1,1] place = {1}, int64 i0 = {0}, int64 i1 = {1}, "
     "int64[2] ends = {-1, 3}, int64[2] starts = {0, -3}, int64[2] axes = {1, -1}, "
-    "float[4] v4 = {1, 2, 3, 4}"
+    "float[4] v4 = {1, 2, 3, 4}, int64[6] around = {0, 1, 0, 0, 2, 1}, "
+    "float[2,2,4] ones = {" + ", ".join("1" * 16) + "}, float[1,3] two_rows = {1, 2, 3}"
 )
 #: node text -> the shape, or None where a size of it is not known
 KNOWN = {
@@ -76,17 +77,24 @@ KNOWN = {
     "Attention<q_num_heads = 2, kv_num_heads = 2>(x, x, x)": "BS4",
     "Attention(c, c, c)": "B366",
     "LayerNormalization(x, v4)": "BS4",
+    "TopK<axis = 1>(x, two)": "B24",
+    "TopK(x, one)": "BS1",
+    "Pad(w, deep)": "85",
+    "Pad(x, around)": None,
+    "ScatterElements<axis = 1>(x, j, ones)": "BS4",
+    "ScatterND(w, place, two_rows)": "43",
 }
 UNKNOWN = (
     "Squeeze(o)", "AveragePool<kernel_shape = [3, 3], ceil_mode = 1>(c)", "MatMul(v, x)",
-    "Expand(x, given)", "Det(square)",
+    "Expand(x, given)", "Det(square)", "Pad(w, given)",
 )  # fmt: skip
 NUMBERS = {"T": 12}
 
 
 def case(node: str) -> ir.Model:
     kind = "int64" if node.startswith(("Range", "Shape")) else "float"
-    outputs = "r, r2" if "Split" in node and "= 1>" not in node else "r"
+    two = node.startswith("TopK") or ("Split" in node and "= 1>" not in node)
+    outputs = "r, r2" if two else "r"
     return model(
         f"g ({INPUTS}) => ({kind}[N] y) <{CONSTANTS}>"
         f" {{ {outputs} = {node}  y = Reshape(r, last) }}"

@@ -1,0 +1,231 @@
+"""The stacks of blocks in which tokens can be merged, or why they cannot.
+
+A tower is a run of blocks in which each reads what the one before gave. A model of images and text
+has two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from optimizer import graph as graphs
+from optimizer.nodes import dims, node_of, operands
+from optimizer.pass_base import Skip
+from optimizer.raising.dims import Dim
+from optimizer.raising.shapes import Shapes
+from optimizer.structure import Attention, Block, Style
+from optimizer.tokens.flow import Flow, Need, follow
+from optimizer.tokens.masks import Padding, read_mask
+
+#: A reader that takes out more than this share of the tokens needs all of them.
+_FEW = 8
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Blocks whose tokens can be merged.
+
+    Attributes:
+        blocks: In order.
+        count: N, how many tokens enter.
+        protected: Their positions that stay as they are, rising.
+        padding: The graph input that tells padding, or None.
+        dense: Who needs all tokens afterwards; empty where they need not be given back.
+    """
+
+    blocks: tuple[Block, ...]
+    count: int
+    protected: tuple[int, ...]
+    padding: ir.Value | None
+    dense: tuple[str, ...]
+
+
+def find_towers(
+    model: ir.Model, blocks: Sequence[Block], protect: Sequence[int], *, ordered: bool = False
+) -> tuple[list[Tower], list[Skip]]:
+    """All towers, and the blocks of those that cannot be reduced, with the reason.
+
+    Args:
+        model: Canonical.
+        blocks: As ``find_blocks`` gives them.
+        protect: Positions to protect besides those found; negative ones count from the end.
+        ordered: Whether the reduction keeps the order of tokens, as causal attention needs.
+    """
+    shapes, towers, skipped = Shapes(), list[Tower](), list[Skip]()
+    for chain in chains(blocks):
+        found = _tower(model, chain, shapes, protect, ordered=ordered)
+        if isinstance(found, Tower):
+            towers.append(found)
+        else:
+            where, reason = found
+            skipped.extend(Skip(f"layer {b.index}", _told(b, where, reason)) for b in chain)
+    return towers, skipped
+
+
+def _told(block: Block, where: Block | None, reason: str) -> str:
+    return reason if where is None or where is block else f"layer {where.index}: {reason}"
+
+
+def chains(blocks: Sequence[Block]) -> Iterator[tuple[Block, ...]]:
+    """Runs of blocks in which each reads the result of the one before."""
+    chain: list[Block] = []
+    by_input = {block.input: block for block in blocks}
+    follows = {by_input[b.output] for b in blocks if b.output in by_input}
+    for first in blocks:
+        if first in follows:
+            continue
+        chain, following = [first], by_input.get(first.output)
+        while following is not None:
+            chain.append(following)
+            following = by_input.get(following.output)
+        yield tuple(chain)
+
+
+def _tower(
+    model: ir.Model,
+    chain: tuple[Block, ...],
+    shapes: Shapes,
+    protect: Sequence[int],
+    *,
+    ordered: bool,
+) -> Tower | tuple[Block | None, str]:
+    for block in chain:
+        reason = _fault(block, ordered=ordered)
+        if reason is not None:
+            return block, reason
+    count = _tokens(chain[0], shapes)
+    if count is None:
+        return None, (
+            "the number of tokens is not the same for every input; merging needs an export with "
+            "a fixed size"
+        )
+    paddings: dict[ir.Value | None, Padding | str] = {}
+    for block in chain:
+        mask = block.attention.mask
+        paddings.setdefault(mask, read_mask(model, mask, count))
+        found = paddings[mask]
+        if isinstance(found, str):
+            return block, found
+    sources = {p.source for p in paddings.values() if isinstance(p, Padding)}
+    if len(sources) > 1:
+        return None, "some layers mask padding and others do not"
+    flow = flow_behind(model.graph, chain, shapes)
+    reason = broken(chain, flow)
+    if reason is not None:
+        return None, reason
+    protected = _protected(chain[0], flow, shapes, count, protect)
+    return Tower(chain, count, protected, sources.pop(), _dense(flow, protected))
+
+
+def _fault(block: Block, *, ordered: bool) -> str | None:
+    """Why the tokens of a block cannot be merged."""
+    attention = block.attention
+    node = attention.node
+    if block.style is Style.PARALLEL or block.hidden is None:
+        return "attention and MLP run side by side, so there is no place between them"
+    if block.cross is not None:
+        return "cross-attention lies between attention and MLP"
+    if node.op_type != "Attention" or _is_cached(attention):
+        return "keys and values are cached"
+    if attention.is_causal and not ordered:
+        return "the attention is causal, and merging changes the order of the tokens"
+    if attention.q_rotary is not None or attention.k_rotary is not None:
+        return "rotary embeddings turn each token by its position, which a merged one has not"
+    if "quantized weights" in block.extras:
+        return "its weights are quantized; merge tokens before that"
+    if "attention scores are read" in block.extras:
+        return "the attention scores are read, one for each pair of tokens"
+    return None
+
+
+def _is_cached(attention: Attention) -> bool:
+    presents = [v for v in (attention.present_key, attention.present_value) if v is not None]
+    if any(value.uses() or value.is_graph_output() for value in presents):
+        return True
+    return attention.past_key is not None or attention.past_value is not None
+
+
+def _tokens(block: Block, shapes: Shapes) -> int | None:
+    shape = shapes.of(block.hidden) or shapes.of(block.input)
+    count: Dim | None = shape[1] if shape is not None and len(shape) == 3 else None
+    return count if isinstance(count, int) else None
+
+
+def flow_behind(graph: ir.Graph, blocks: Sequence[Block], shapes: Shapes) -> Flow:
+    """Where tokens go when they are merged in each of ``blocks``."""
+    hidden = [block.hidden for block in blocks if block.hidden is not None]
+    nodes = {block.attention.node for block in blocks}
+    return follow(graph, hidden, nodes, shapes)
+
+
+def broken(blocks: Sequence[Block], flow: Flow) -> str | None:
+    """Why merged tokens do not arrive at a later block; None where they do."""
+    for stage, block in enumerate(blocks):
+        if block.hidden is not None and flow.entered.get(block.hidden) != stage:
+            before = [r for r in flow.readers if r.stage == stage and r.node is not None]
+            name = before[0].node.op_type if before and before[0].node is not None else "something"
+            return f"{name} between layers {block.index - 1} and {block.index} needs every token"
+    return None
+
+
+def _protected(
+    first: Block, flow: Flow, shapes: Shapes, count: int, more: Sequence[int]
+) -> tuple[int, ...]:
+    """Tokens that are no part of the data, those that a reader takes out, and ``more``."""
+    found = {position % count for position in more if -count <= position < count}
+    found.update(_special(first, shapes, count))
+    for reader in flow.readers:
+        if reader.need is Need.SELECT and len(reader.positions) * _FEW <= count:
+            found.update(reader.positions)
+    return tuple(sorted(found))
+
+
+def _dense(flow: Flow, protected: tuple[int, ...]) -> tuple[str, ...]:
+    """Who has to be given all tokens back."""
+    names = []
+    for reader in flow.readers:
+        if reader.need is Need.ALL or not set(reader.positions) <= set(protected):
+            name = f"output '{reader.value.name}'" if reader.node is None else reader.node.op_type
+            names.append(name)
+    return tuple(dict.fromkeys(names))
+
+
+def _special(first: Block, shapes: Shapes, count: int) -> set[int]:
+    """Positions of class, distillation and register tokens: concatenated constants."""
+    value: ir.Value | None = first.input
+    for _ in range(8):
+        node = None if value is None else value.producer()
+        if value is None or node is None:
+            return set()
+        if node.op_type == "Concat" and node.attributes.get_int("axis", 0) in (1, -2):
+            return _constant_parts(node, shapes, count)
+        if node.op_type == "Add":
+            value = _data_operand(node)
+        elif node.op_type in ("LayerNormalization", "RMSNormalization", "Identity", "Cast"):
+            value = node.inputs[0]
+        else:
+            return set()
+    return set()
+
+
+def _data_operand(node: ir.Node) -> ir.Value:
+    first, second = operands(node)
+    return second if dims(first) is not None or node_of(first, "Expand") is not None else first
+
+
+def _constant_parts(concat: ir.Node, shapes: Shapes, count: int) -> set[int]:
+    found: set[int] = set()
+    start = 0
+    for value in concat.inputs:
+        shape = shapes.of(value)
+        size = None if shape is None or len(shape) != 3 else shape[1]
+        if not isinstance(size, int):
+            return set()
+        expand = None if value is None else node_of(value, "Expand")
+        if graphs.constant(value if expand is None else expand.inputs[0]) is not None:
+            found.update(range(start, start + size))
+        start += size
+    return found if start == count else set()

@@ -1,0 +1,110 @@
+"""Tokens are reduced in what exporters write, and in the model that ships."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import digits
+import exporters
+import families
+import numpy as np
+import onnx_ir as ir
+import pytest
+from rewriters import Cell
+
+from optimizer.model_io import load_model
+from optimizer.pass_base import Context, Report
+from optimizer.runners.ort import OrtRunner
+from passes import get_pass
+from passes.canonicalize import Canonicalize
+
+METHODS = ("tome", "crossget", "prune-tokens")
+TOKENS = 12
+
+
+def canonical(family: str, way: str) -> ir.Model:
+    """An export, with texts of ``TOKENS`` tokens."""
+    model = load_model(exporters.export(Cell(families.FAMILIES[family], way)))
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        sizes = [TOKENS if str(d).startswith("sequence") else d for d in value.shape]
+        value.shape = ir.Shape(sizes)
+    Canonicalize().call(model, Context())
+    return model
+
+
+def apply(name: str, model: ir.Model, **options: Any) -> Report:
+    pass_class = get_pass(name)
+    return pass_class(pass_class.Options(**options)).call(model, Context())
+
+
+def feed_of(model: ir.Model, batch: int) -> dict[str, np.ndarray]:
+    """Random images or texts, the last of which is shorter."""
+    rng, result = np.random.default_rng(0), {}
+    for spec in OrtRunner(model).inputs:
+        shape = (batch, *spec.shape[1:])
+        if "mask" in spec.name:
+            result[spec.name] = np.ones(shape, np.int64)
+            result[spec.name][-1, 8:] = 0
+        elif "ids" in spec.name:
+            most = 2 if "type" in spec.name else families.VOCAB - 5
+            result[spec.name] = rng.integers(0, most, shape)
+        else:
+            result[spec.name] = rng.normal(0, 1, shape).astype(np.float32)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("family", "way", "protected"),
+    [
+        ("vit", "torchscript-17", [0]),
+        ("dinov2", "dynamo-18", [0]),
+        ("siglip-vision", "dynamo-18", []),
+        ("bert", "torchscript-17", [0]),
+        ("bert", "dynamo-18", [0]),
+    ],
+)
+def test_exports_are_reduced_alike_in_both_lowerings(
+    family: str, way: str, protected: list[int]
+) -> None:
+    original = canonical(family, way)
+    feed = feed_of(original, 3)
+    before = OrtRunner(original).run(feed)
+    for name in METHODS:
+        results = []
+        for lowering in ("gather", "matrix"):
+            model = original.clone()
+            report = apply(name, model, r=2, lowering=lowering)
+            assert report.applied == 2
+            assert report.details["towers"][0]["protected"] == protected
+            results.append(OrtRunner(model).run(feed))
+        for key, array in before.items():
+            assert results[0][key].shape == array.shape
+            # two roundings of float32 of the same numbers
+            difference = np.abs(results[0][key] - results[1][key]).max()
+            assert difference <= 1e-5 * np.abs(array).max(), (name, key)
+
+
+def test_windows_are_refused_with_their_reason() -> None:
+    model = canonical("swin", "dynamo-18")
+    report = apply("tome", model, r=1)
+    assert not report.modified
+    assert Counter("windows" in skip.reason for skip in report.skipped) == {True: 4}
+
+
+def test_the_shipped_model_loses_little_with_a_quarter_of_the_tokens_less() -> None:
+    """At most one point of accuracy, on digits that training has not seen."""
+    original = load_model(digits.HOME / "digits-vit.onnx")
+    Canonicalize().call(original, Context())
+    images, labels = digits.load("test")
+
+    def accuracy(model: ir.Model) -> float:
+        scores = OrtRunner(model).run({"pixel_values": images})["logits"]
+        return float((scores.argmax(axis=-1) == labels).mean())
+
+    before = accuracy(original)
+    assert before > 0.9
+    for name in METHODS[:2]:
+        model = original.clone()
+        assert apply(name, model, keep=0.75).applied == 8
+        assert accuracy(model) >= before - 0.01
