@@ -68,8 +68,8 @@ def _ensemble(
 ) -> tuple[ir.Value, ir.Value]:
     """Weights of tokens that stay [B, M, 1] and of those that go into them [B, M, r].
 
-    CrossGET (arXiv 2305.17455), cross-guided ensemble: with w = softmax(I_i, I_j) the sum of row j gets
-    2 w_0 s_i x_i + (2 w_1 - 1) s_j x_j for each token i that goes into it.
+    CrossGET (arXiv 2305.17455), cross-guided ensemble: with w = softmax(I_i, I_j) the sum of row j
+    gets 2 w_0 s_i x_i + (2 w_1 - 1) s_j x_j for each token i that goes into it.
     """
     assert found.importance is not None  # noqa: S101 - asked for only then
     mine = pen.entries(found.importance, found.sources)
