@@ -1,7 +1,7 @@
 """A picture of the tokens that were merged in an image: for ``optimize inspect --tokens``.
 
 Beside the image stands what the last layer sees of it: each patch in the mean colour of all patches
-of its token, with lines between different tokens (as in ToMe, arXiv 2210.09461, Figure 4).
+of its token, with lines between different tokens (as in ToMe, arXiv 2210.09461).
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ Rewrite:      x [B, N, D] -> x' [B, N - r, D]: r tokens go into the nearest of t
               attentions add log s_j to the scores of key j. Which r: those of highest
               max_j D'_ij - I_i, where D' are the similarities to tokens of later rank (by their
               own nearest similarity, so that edges have no cycle) and I_i = cos(k_i, q) the
-              similarity to the query of the guidance token.
+              similarity to the query of the guidance token. With ensemble, a merged token i and the
+              token j it goes into weigh 2 softmax(I_i, I_j) beside their sizes.
 Applies when: 1. a layer with attention before the MLP and the same number of tokens for every
               input; 2. no rotary embedding, position bias, cache or window; 3. protected tokens
               (class, distillation, register, end) are at the ends, with two or more between.
@@ -13,7 +14,7 @@ Exactness:    approximate: tokens that are merged are no longer told apart. Of e
               exact.
 Cost:         matching compares all N^2 pairs of whole keys: four times as many as tome, of
               H times as many numbers.
-Source:       CrossGET (arXiv 2305.17455), Section 3.2, Algorithm 1: complete-graph soft matching,
+Source:       CrossGET (arXiv 2305.17455): complete-graph soft matching,
               with importance by a guidance token. Its cross tokens are learned; without training,
               the class token takes their place, or none. Measured without training, the matching
               is about as good as that of tome; see benchmarks/results/tokens_accuracy.json.
@@ -47,6 +48,12 @@ class Options(TokenOptions):
         "'none', or the first protected one.",
     )
 
+    ensemble: bool = Field(
+        default=False,
+        description="Merged tokens weigh by importance beside their size; made for models whose "
+        "guidance token is trained for it.",
+    )
+
 
 @dataclass(frozen=True)
 class Complete:
@@ -55,10 +62,12 @@ class Complete:
     Attributes:
         by_index: Whether tokens are moved by index, or by a matrix.
         guide: Which of the protected tokens guides, or None.
+        ensemble: Whether merged tokens weigh by importance.
     """
 
     by_index: bool
     guide: int | None
+    ensemble: bool
 
     def limit(self, count: int, protected: tuple[int, ...]) -> int:
         """The most tokens that one reduction can take from ``count``."""
@@ -83,7 +92,8 @@ class Complete:
         importance = self._importance(pen, block, unit, state)
         found = matching.scores(pen, unit, line, importance, padding_of(pen, state))
         choose = matching.gathered if self.by_index else matching.positioned
-        merged, after = merge(pen, x, state, choose(pen, found, line, r), r)
+        weighing = importance if self.ensemble else None
+        merged, after = merge(pen, x, state, choose(pen, found, line, r, weighing), r)
         return merged, replace(after, protected=line.protected(after.count))
 
     def _importance(
@@ -108,11 +118,14 @@ class CrossGet(TokenPass[Options]):
     def call(self, model: ir.Model, context: Context) -> Report:
         """Merge tokens, in place."""
         by_index, guidance = self.options.by_index(context.target), self.options.guidance
+        ensemble = self.options.ensemble
         more = (guidance,) if isinstance(guidance, int) else ()
 
         def make(tower: Tower) -> Complete:
             if isinstance(guidance, int) and -tower.count <= guidance < tower.count:
-                return Complete(by_index, tower.protected.index(guidance % tower.count))
-            return Complete(by_index, 0 if guidance == "auto" and tower.protected else None)
+                return Complete(by_index, tower.protected.index(guidance % tower.count), ensemble)
+            return Complete(
+                by_index, 0 if guidance == "auto" and tower.protected else None, ensemble
+            )
 
         return self.reduce(model, context, make, ordered=True, protect=more)

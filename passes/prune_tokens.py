@@ -10,7 +10,7 @@ Applies when: 1. a layer with attention before the MLP and the same number of to
 Exactness:    approximate: what the tokens that become one had to say is averaged.
 Cost:         one row of attention per layer (with query = all: a second product of all queries and
               keys); no comparison of tokens with each other.
-Source:       EViT (arXiv 2202.07800), Section 3.2, and FastV (arXiv 2403.06764) for other tokens
+Source:       EViT (arXiv 2202.07800), and FastV (arXiv 2403.06764) for other tokens
               than the class token. Unlike EViT's code, which adds a_i x_i without dividing, the
               fused token is a mean, as the model was not trained with anything else.
 """

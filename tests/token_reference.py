@@ -1,7 +1,7 @@
 """Token reduction in float64, written from the papers and not from the graph code.
 
-ToMe: Bolya et al., arXiv 2210.09461, Appendix D. CrossGET: Shi et al., arXiv 2305.17455, Algorithm
-1. EViT: Liang et al., arXiv 2202.07800, Section 3.2. All of it in loops over tokens, for one row of
+ToMe: Bolya et al., arXiv 2210.09461, Appendix D. CrossGET: Shi et al., arXiv 2305.17455.
+EViT: Liang et al., arXiv 2202.07800. All of it in loops over tokens, for one row of
 the batch at a time, and with groups of tokens kept as lists: sizes are their lengths.
 """
 
@@ -106,7 +106,7 @@ def tome(tokens: Tokens, layer: Layer) -> tuple[Tokens, list[int]]:
     return merged, list(range(len(layer.protected)))
 
 
-def crossget(guide: int | None) -> Method:
+def crossget(guide: int | None, *, ensemble: bool = False) -> Method:
     """Complete-graph soft matching; ``guide``: which protected token guides."""
 
     def choose(tokens: Tokens, layer: Layer) -> tuple[Tokens, list[int]]:
@@ -129,7 +129,17 @@ def crossget(guide: int | None) -> Method:
         into = {i: max(others, key=lambda j, i=i: unit[i] @ unit[j]) for i in sources}
         rows = [i for i in range(len(unit)) if i not in sources]
         groups = [[row, *(i for i, j in into.items() if j == row)] for row in rows]
-        return joined(tokens, groups), [rows.index(i) for i in layer.protected]
+        merged = joined(tokens, groups)
+        if ensemble:
+            for number, (row, *others_in) in enumerate(groups):
+                total = merged.sizes[number] * merged.vectors[number]
+                for i in others_in:
+                    w = np.exp([importance[i], importance[row]])
+                    w /= w.sum()
+                    total += (2 * w[0] - 1) * len(tokens.members[i]) * tokens.vectors[i]
+                    total += (2 * w[1] - 1) * len(tokens.members[row]) * tokens.vectors[row]
+                merged.vectors[number] = total / merged.sizes[number]
+        return merged, [rows.index(i) for i in layer.protected]
 
     return choose
 

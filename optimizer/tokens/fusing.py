@@ -1,6 +1,6 @@
 """Token pruning: tokens that little attention goes to become one, their mean weighted by it.
 
-EViT (arXiv 2202.07800), Section 3.2: a_i is the attention of the class token to token i, averaged
+EViT (arXiv 2202.07800): a_i is the attention of the class token to token i, averaged
 over heads; the k tokens of largest a_i stay, the others give sum a_i x_i / sum a_i. FastV
 (arXiv 2403.06764) takes the last token or all tokens in the place of the class token.
 """

@@ -1,6 +1,6 @@
 """Complete-graph soft matching: any token may be merged into any other, in one step.
 
-CrossGET (arXiv 2305.17455), Section 3.2 and Algorithm 1. Tokens are ranked by their similarity to
+CrossGET (arXiv 2305.17455). Tokens are ranked by their similarity to
 the nearest other one; an edge may only lead to a token of higher rank number, so no two tokens wish
 to be merged into each other. What is left keeps its order, as causal attention needs it.
 """
@@ -117,8 +117,13 @@ def _free(pen: Emitter, value: ir.Value, line: Line) -> ir.Value:
     return pen.put("Slice", value, start, end, axis, as_="free", dtype=value.dtype)
 
 
-def gathered(pen: Emitter, found: Scores, line: Line, r: int) -> Gathered:
-    """Steps 5: the ``r`` tokens of highest priority go into the nearest of the others."""
+def gathered(
+    pen: Emitter, found: Scores, line: Line, r: int, ensemble: ir.Value | None
+) -> Gathered:
+    """Step 5: the ``r`` tokens of highest priority go into the nearest of the others.
+
+    ``ensemble``: importance [B, N, 1] that merged tokens weigh by (step 6), or None.
+    """
     integer, size = ir.DataType.INT64, line.free
     _, order = pen.topk(found.priority, size, axis=1)
     merged, others = pen.parts(order, r, size - r)
@@ -135,10 +140,13 @@ def gathered(pen: Emitter, found: Scores, line: Line, r: int) -> Gathered:
         pen.put("Concat", *keep, as_="keep", dtype=integer, axis=1) if keep[1:] else keep[0],
         pen.put("Add", merged, front, as_="sources", dtype=integer),
         pen.put("Add", nearest, front, as_="targets", dtype=integer),
+        ensemble,
     )
 
 
-def positioned(pen: Emitter, found: Scores, line: Line, r: int) -> Positioned:
+def positioned(
+    pen: Emitter, found: Scores, line: Line, r: int, ensemble: ir.Value | None
+) -> Positioned:
     """The same as the row of each token, without sorting."""
     size = line.free
     merged = pen.first(found.priority, size, r)
@@ -151,8 +159,16 @@ def positioned(pen: Emitter, found: Scores, line: Line, r: int) -> Positioned:
     never = pen.numbers(_NEVER, "never")
     _, nearest = pen.topk(pen.put("Where", column, never, found.similarity), 1)
     target = pen.entries(own, nearest, "target")
+    shares = None
+    if ensemble is not None:
+        mine = _free(pen, ensemble, line)
+        theirs = pen.entries(mine, nearest)
+        twice = pen.put("Mul", pen.put("Sigmoid", pen.put("Sub", mine, theirs)), pen.numbers(2))
+        twice = pen.put("Where", merged, twice, pen.numbers(0, "zero"))
+        nothing = np.zeros(line.front), np.zeros(line.behind)
+        shares = pen.between(twice, nothing[0], size, nothing[1])
     rows = pen.put("Where", merged, target, own, as_="free_rows")
     rows = pen.between(
         rows, np.arange(line.front), size, np.arange(line.behind) + size - r + line.front
     )
-    return Positioned(np.arange(line.count), rows)
+    return Positioned(np.arange(line.count), rows, None, shares)

@@ -55,11 +55,13 @@ class Gathered:
         keep: int64 [B, M, 1], the token that each row of the result begins with.
         sources: int64 [B, r, 1].
         targets: int64 [B, r, 1].
+        importance: [B, N, 1], where merged tokens weigh by it; None: by size alone.
     """
 
     keep: ir.Value
     sources: ir.Value
     targets: ir.Value
+    importance: ir.Value | None = None
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,14 @@ class Positioned:
         order: int64 constant [N], a permutation.
         rows: [B, N, 1], whole numbers in the model's floating-point type.
         weights: [B, N, 1], above 0, of token ``order[i]`` in its row; None: the sizes.
+        shares: [B, N, 1], for each token that is merged into another, twice its weight beside it;
+            0 for the others; None: 1 for all.
     """
 
     order: np.ndarray
     rows: ir.Value
     weights: ir.Value | None = None
+    shares: ir.Value | None = None
 
 
 def head_mean(pen: Emitter, attention: Attention, key: ir.Value) -> ir.Value:

@@ -56,9 +56,45 @@ def _by_index(
     added = pen.put("ReduceSum", weights, pen.integers([2], "axes"), as_="added", keepdims=1)
     sizes = pen.put("Add", added, own, as_="sizes")
     divisor = _divisor(pen, sizes, state)
+    if found.importance is not None:
+        own, weights = _ensemble(pen, found, here, own, weights)
     share = pen.put("Div", own, divisor, as_="share")
     sums = pen.put("MatMul", pen.put("Div", weights, divisor, as_="weights"), moved, as_="sums")
     return pen.put("Add", pen.put("Mul", kept, share), sums, as_="merged"), sizes
+
+
+def _ensemble(
+    pen: Emitter, found: Gathered, here: ir.Value, own: ir.Value, weights: ir.Value
+) -> tuple[ir.Value, ir.Value]:
+    """Weights of tokens that stay [B, M, 1] and of those that go into them [B, M, r].
+
+    CrossGET (arXiv 2305.17455), cross-guided ensemble: with w = softmax(I_i, I_j) the sum of row j
+    gets 2 w_0 s_i x_i + (2 w_1 - 1) s_j x_j for each token i that goes into it.
+    """
+    assert found.importance is not None  # noqa: S101 - asked for only then
+    mine = pen.entries(found.importance, found.sources)
+    theirs = pen.entries(pen.entries(found.importance, found.keep), found.targets)
+    share = pen.put("Sigmoid", pen.put("Sub", mine, theirs))  # softmax of two
+    twice = pen.put("Mul", share, pen.numbers(2, "two"), as_="twice")
+    turned = pen.put("Transpose", twice, perm=(0, 2, 1))
+    rest = pen.put("Sub", pen.numbers(1, "one"), turned)
+    rest = pen.put("Where", here, rest, pen.numbers(0, "zero"))
+    more = pen.put("ReduceSum", rest, pen.integers([2], "axes"), keepdims=1)
+    factor = pen.put("Add", more, pen.numbers(1, "one"), as_="factor")
+    return pen.put("Mul", own, factor), pen.put("Mul", weights, turned, as_="weights")
+
+
+def _shared(pen: Emitter, found: Positioned, here: ir.Value, matrix: ir.Value) -> ir.Value:
+    """``matrix`` [B, M, N] of sizes with the weights of ``_ensemble``."""
+    assert found.shares is not None  # noqa: S101 - asked for only then
+    twice = pen.put("Transpose", found.shares, perm=(0, 2, 1))
+    zero, one = pen.numbers(0, "zero"), pen.numbers(1, "one")
+    merged = pen.put("Greater", twice, zero, dtype=ir.DataType.BOOL)
+    rest = pen.put("Where", merged, pen.put("Sub", one, twice), zero)
+    rest = pen.put("Where", here, rest, zero)
+    more = pen.put("ReduceSum", rest, pen.integers([2], "axes"), keepdims=1)
+    factor = pen.put("Where", merged, twice, pen.put("Add", more, one), as_="factor")
+    return pen.put("Mul", matrix, factor, as_="matrix")
 
 
 def _by_matrix(
@@ -82,6 +118,8 @@ def _by_matrix(
         weights = pen.put("Transpose", found.weights, perm=(0, 2, 1))
         matrix = pen.put("Where", here, weights, zero, as_="matrix")
         total = pen.put("ReduceSum", matrix, axes, as_="total", keepdims=1)
+    if found.shares is not None:
+        matrix = _shared(pen, found, here, matrix)
     shares = pen.put("Div", matrix, total, as_="shares")
     return pen.put("MatMul", shares, x, as_="merged"), sizes
 

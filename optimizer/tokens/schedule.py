@@ -2,7 +2,7 @@
 
 constant:     r in each layer.
 linear:       from r (1 - slope) in the first layer to r (1 + slope) in the last; slope = -1 is the
-              decreasing schedule of ToMe (arXiv 2210.09461, Appendix A).
+              decreasing schedule of ToMe (arXiv 2210.09461).
 keep:         as many in all as leave this share of the tokens, spread evenly.
 list:         one number per layer.
 """

@@ -36,6 +36,9 @@ def exposed(model: ir.Model, names: list[str]) -> ir.Model:
 CASES: dict[str, tuple[str, dict[str, Any], reference.Method, tuple[int, ...]]] = {
     "crossget": ("crossget", {"guidance": "none"}, reference.crossget(None), (0,)),
     "crossget guided": ("crossget", {}, reference.crossget(0), (0,)),
+    "crossget ensemble": (
+        "crossget", {"ensemble": True}, reference.crossget(0, ensemble=True), (0,),
+    ),
     "crossget guided from behind": (
         "crossget", {"guidance": -1}, reference.crossget(1), (0, -1),
     ),

@@ -103,7 +103,7 @@ def test_the_shipped_model_loses_little_with_a_quarter_of_the_tokens_less() -> N
         return float((scores.argmax(axis=-1) == labels).mean())
 
     before = accuracy(original)
-    assert before > 0.9
+    assert before > 0.97
     for name in METHODS[:2]:
         model = original.clone()
         assert apply(name, model, keep=0.75).applied == 8
