@@ -50,8 +50,21 @@ _threads = click.option("--threads", type=click.IntRange(1), default=1, show_def
 @_custom_ops
 @_json
 def inspect_command(model: Path, custom_ops: tuple[Path, ...], as_json: bool) -> int:  # noqa: FBT001
-    """Show what is in MODEL: inputs, outputs, operators, blocks, sizes, provenance."""
+    """Show what is in MODEL: inputs, outputs, operators, blocks, sizes, provenance.
+
+    Of a TensorRT engine (FILE.engine, FILE.plan): what it needs, and what this machine has.
+    """
     from optimizer.cli import screen
+
+    if model.suffix in (".engine", ".plan"):
+        from optimizer.engine_inspection import describe_engine
+
+        found = describe_engine(model)
+        if as_json:
+            screen.print_json(found)
+        else:
+            click.echo(f"{model}: {found['text']}")
+        return EXIT_DONE
     from optimizer.inspection import describe_model
 
     content = describe_model(model, custom_ops)
