@@ -29,6 +29,10 @@ _DEFAULTS: tuple[tuple[str, Range], ...] = (
     (r"batch|^b$|^n$", (1, 1, 8)),
     (r"seq|token|length|^s$|^t$", (1, 128, 512)),
 )
+#: An axis of past and new tokens together, whatever it is called.
+_TOTAL = re.compile(r"total|full")
+_PAST = re.compile(_DEFAULTS[0][0])
+_NEW = re.compile(_DEFAULTS[2][0])
 _SUM = re.compile(r"\s*\+\s*")
 _LARGEST = 2**31 - 1
 
@@ -117,12 +121,36 @@ def _complete(
     inputs: Mapping[str, ir.Value], given: Mapping[str, tuple[Shape, Shape, Shape]]
 ) -> Profile:
     ranges: dict[str, tuple[Range, str]] = {}
+    names = list(
+        dict.fromkeys(d for value in inputs.values() for d in _dims(value) if isinstance(d, str))
+    )
     for name, shapes in given.items():
         _take(name, _dims(inputs[name]), shapes, ranges)
+    for total, parts in _totals(names):
+        each = [_range(part, ranges, "its parts") for part in parts]
+        low, usual, high = (sum(column) for column in zip(*each, strict=True))
+        before, who = ranges.setdefault(total, ((low, usual, high), "past and new tokens"))
+        if all(part in ranges for part in parts) and before != (low, usual, high):
+            msg = (
+                f"--shapes: axis '{total}' of '{who}' is {_text(before)}, but past and new tokens "
+                f"('{parts[0]}', '{parts[1]}') add up to {_text((low, usual, high))}"
+            )
+            raise OptionError(msg)
     return {
         name: _transposed([_range(dim, ranges, name) for dim in _dims(value)])
         for name, value in inputs.items()
     }
+
+
+def _totals(names: Sequence[str]) -> list[tuple[str, tuple[str, str]]]:
+    """Axes of past and new tokens together, with the axes they consist of."""
+    totals = [name for name in names if _TOTAL.search(name.lower()) and "+" not in name]
+    simple = [name for name in names if name not in totals and "+" not in name]
+    past = [name for name in simple if _PAST.search(name.lower())]
+    new = [name for name in simple if name not in past and _NEW.search(name.lower())]
+    if len(past) != 1 or len(new) != 1:
+        return []
+    return [(total, (past[0], new[0])) for total in totals]
 
 
 def _take(
