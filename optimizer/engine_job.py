@@ -1,4 +1,4 @@
-"""One call of ``optimize build``: optimize for the target, build the engine, write it and what it is.
+"""One call of ``optimize build``: optimize for the target, build an engine, write it.
 
 The engine and its side-car manifest appear together or not at all.
 """
@@ -190,7 +190,7 @@ def build_file(
         OptimizerError: See ``optimizer.errors``; nothing is written then.
     """
     flavour = check_engine(target, options)
-    model = load_model(legal, check_numbers=False)
+    model = load_model(legal, options.plugins, check_numbers=False)
     own = {identifier[:2] for identifier in model.functions}
     custom = tuple(
         (str(node.name), node.domain, node.op_type)

@@ -265,6 +265,11 @@ def _returns_scores(node: ir.Node) -> bool:
 
 
 def head_size(node: ir.Node, index: int, heads: int) -> int:
+    """The size of a head of an input whose last axis joins ``heads`` of them.
+
+    Raises:
+        UnsupportedError: It is not known.
+    """
     shape = Shapes().of(operand(node, index))
     width = None if shape is None else shape[-1]
     if not isinstance(width, int):
@@ -281,6 +286,7 @@ def _default_scale(node: ir.Node, heads: int) -> float:
 
 
 def by_heads(pen: Pen, x: ir.Value, heads: int) -> ir.Value:
+    """An input [B, S, H*c] of the node as [B, H, S, c]."""
     if x in pen.shared:
         return pen.shared[x]
     index = next(i for i, v in enumerate(pen.node.inputs) if v is x)

@@ -15,7 +15,12 @@ import onnx.numpy_helper as onh
 import pytest
 from conftest import Outcome, token_samples
 
+from optimizer.engine_job import EngineOptions, build_file
+from optimizer.engines.child import run_build
 from optimizer.engines.plan import read_plan
+from optimizer.engines.request import BuildRequest
+from optimizer.errors import EngineError, ExportError
+from optimizer.listener import Silent
 from optimizer.model_io import save_model
 
 pytestmark = [
@@ -96,11 +101,13 @@ def small(nodes: list[onnx.NodeProto], path: Path, domain: str = "acme") -> Path
     return path
 
 
-def test_a_plugin_that_is_not_registered(tmp_path, run_file):
+def test_a_plugin_that_is_not_registered(tmp_path):
     path = small([oh.make_node("Turn", ["x"], ["y"], name="turn", domain="acme")], tmp_path / "c")
-    found = run_file(path)
-    assert "node 'turn': no plugin creates acme::Turn" in found
-    assert "ROIAlign_TRT" in found
+    custom = (("turn", "acme", "Turn"),)
+    request = BuildRequest("tensorrt-rtx", str(path), str(tmp_path / "x"), custom=custom)
+    with pytest.raises(EngineError, match="node 'turn': no plugin creates acme::Turn") as error:
+        run_build(request, Silent())
+    assert "ROIAlign_TRT" in str(error.value)
 
 
 def test_a_library_that_is_none(tmp_path, run_file):
@@ -111,11 +118,6 @@ def test_a_library_that_is_none(tmp_path, run_file):
 
 
 def test_a_full_disk(tmp_path, monkeypatch):
-    from optimizer.engines.child import run_build
-    from optimizer.engines.request import BuildRequest
-    from optimizer.errors import ExportError
-    from optimizer.listener import Silent
-
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full")
     path = small([oh.make_node("Add", ["x", "w"], ["y"])], tmp_path / "c.onnx")
@@ -126,8 +128,6 @@ def test_a_full_disk(tmp_path, monkeypatch):
 @pytest.fixture
 def run_file(tmp_path: Path) -> Callable[..., str]:
     """Build a file as it is and give the refusal."""
-    from optimizer.engine_job import EngineOptions, build_file
-    from optimizer.errors import EngineError
 
     def run(path: Path, plugins: tuple[str, ...] = ()) -> str:
         options = EngineOptions(tmp_path / "x.engine", plugins=tuple(map(Path, plugins)))

@@ -48,7 +48,7 @@ class DataType(enum.Enum):
 
 
 class _Registry:
-    all_creators = [SimpleNamespace(plugin_namespace="acme", name="Turn", plugin_version="1")]
+    all_creators = (SimpleNamespace(plugin_namespace="acme", name="Turn", plugin_version="1"),)
 
     def load_library(self, path):
         return None
