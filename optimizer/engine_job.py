@@ -21,9 +21,9 @@ from optimizer.api import optimize
 from optimizer.engines.child import installed_version, run_build
 from optimizer.engines.flavours import Flavour, check_options, flavour_of
 from optimizer.engines.library_path import find_plugins
-from optimizer.engines.profiles import make_profiles, parse_shapes
+from optimizer.engines.profiles import LONGEST, make_profiles, parse_shapes
 from optimizer.engines.request import BuildRequest
-from optimizer.errors import ExportError, OptionError, UnsupportedError
+from optimizer.errors import EngineError, ExportError, OptionError, UnsupportedError
 from optimizer.export.onnx_file import manifest_path
 from optimizer.hashing import hash_file
 from optimizer.job import Result
@@ -32,6 +32,8 @@ from optimizer.model_io import load_model
 from optimizer.model_writer import check_output, complete_or_nothing
 
 MANIFEST_VERSION = 1
+#: Tokens below which no shorter default is tried.
+_SHORTEST = 8
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def check_engine(target: str, options: EngineOptions, protected: Sequence[Path] 
         },
     )
     parse_shapes(options.shapes)
+    find_plugins(options.plugins, ())
     beside = (manifest_path(options.output),)
     check_output(options.output, force=options.force, protected=protected, beside=beside)
     return flavour
@@ -215,10 +218,36 @@ def build_file(
             options.max_memory,
         )
         with _log(options.log) as log:
-            facts = run_build(request, listener or Silent(), log)
+            request, facts = _run(request, model, options, listener or Silent(), log)
         manifest = _manifest(model, legal, source, target, request, facts)
         files = _write(request, options, manifest)
     return EngineResult(options.output, manifest, files)
+
+
+def _run(
+    request: BuildRequest,
+    model: ir.Model,
+    options: EngineOptions,
+    listener: Listener,
+    log: IO[str] | None,
+) -> tuple[BuildRequest, dict[str, Any]]:
+    """Build; where the model does not take lengths that nobody gave, with half of them.
+
+    A table of positions, for example, has an end that no axis tells of.
+    """
+    longest = LONGEST
+    while True:
+        try:
+            return request, run_build(request, listener, log)
+        except EngineError as error:
+            longest //= 2
+            shorter = make_profiles(model.graph.inputs, options.shapes, longest)
+            if "violate shape constraints" not in str(error) or longest < _SHORTEST:
+                raise
+            if shorter == request.profiles:  # all lengths were given
+                raise
+            request = replace(request, profiles=shorter)
+            listener.note(f"the model does not take {2 * longest} tokens; trying {longest}")
 
 
 @contextlib.contextmanager

@@ -35,6 +35,8 @@ _PAST = re.compile(_DEFAULTS[0][0])
 _NEW = re.compile(_DEFAULTS[2][0])
 _SUM = re.compile(r"\s*\+\s*")
 _LARGEST = 2**31 - 1
+#: Tokens of an axis that nobody gave.
+LONGEST = 512
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,15 @@ def _shape(text: str) -> Shape | None:
     return tuple(int(p) for p in parts) if all(p.isdecimal() for p in parts) else None
 
 
-def make_profiles(inputs: Sequence[ir.Value], words: Sequence[str] = ()) -> list[Profile]:
+def make_profiles(
+    inputs: Sequence[ir.Value], words: Sequence[str] = (), longest: int = LONGEST
+) -> list[Profile]:
     """A complete profile for each that was begun; one of defaults where none was.
 
     Args:
         inputs: Of the model, without initializers.
         words: Of ``--shapes``.
+        longest: Largest length of an axis that nobody gave.
 
     Returns:
         The profiles, with static inputs too; empty where no input has a dynamic axis.
@@ -101,7 +106,7 @@ def make_profiles(inputs: Sequence[ir.Value], words: Sequence[str] = ()) -> list
                 hint = f"did you mean '{close[0]}'?" if close else f"it has {', '.join(by_name)}"
                 msg = f"--shapes: the model has no input '{name}'; {hint}"
                 raise OptionError(msg)
-    made = [_complete(by_name, profile) for profile in given or [{}]]
+    made = [_complete(by_name, profile, longest) for profile in given or [{}]]
     dynamic = any(not isinstance(d, int) for value in inputs for d in _dims(value))
     return made if dynamic else []
 
@@ -118,7 +123,9 @@ def _dims(value: ir.Value) -> list[int | str]:
 
 
 def _complete(
-    inputs: Mapping[str, ir.Value], given: Mapping[str, tuple[Shape, Shape, Shape]]
+    inputs: Mapping[str, ir.Value],
+    given: Mapping[str, tuple[Shape, Shape, Shape]],
+    longest: int,
 ) -> Profile:
     ranges: dict[str, tuple[Range, str]] = {}
     names = list(
@@ -126,18 +133,10 @@ def _complete(
     )
     for name, shapes in given.items():
         _take(name, _dims(inputs[name]), shapes, ranges)
-    for total, parts in _totals(names):
-        each = [_range(part, ranges, "its parts") for part in parts]
-        low, usual, high = (sum(column) for column in zip(*each, strict=True))
-        before, who = ranges.setdefault(total, ((low, usual, high), "past and new tokens"))
-        if all(part in ranges for part in parts) and before != (low, usual, high):
-            msg = (
-                f"--shapes: axis '{total}' of '{who}' is {_text(before)}, but past and new tokens "
-                f"('{parts[0]}', '{parts[1]}') add up to {_text((low, usual, high))}"
-            )
-            raise OptionError(msg)
+    for total, (past, new) in _totals(names):
+        _settle_total(total, past, new, ranges, longest)
     return {
-        name: _transposed([_range(dim, ranges, name) for dim in _dims(value)])
+        name: _transposed([_range(dim, ranges, name, longest) for dim in _dims(value)])
         for name, value in inputs.items()
     }
 
@@ -151,6 +150,33 @@ def _totals(names: Sequence[str]) -> list[tuple[str, tuple[str, str]]]:
     if len(past) != 1 or len(new) != 1:
         return []
     return [(total, (past[0], new[0])) for total in totals]
+
+
+def _settle_total(
+    total: str, past: str, new: str, ranges: dict[str, tuple[Range, str]], longest: int
+) -> None:
+    """Of past, new tokens and both together, what was not given follows from the others."""
+    if total in ranges and (past in ranges) != (new in ranges):
+        known, open_axis = (past, new) if past in ranges else (new, past)
+        whole, part = ranges[total][0], ranges[known][0]
+        low, usual, high = (a - b for a, b in zip(whole, part, strict=True))
+        if 0 <= low <= usual <= high:
+            ranges[open_axis] = ((low, usual, high), ranges[total][1])
+    low, usual, high = (
+        a + b
+        for a, b in zip(
+            _range(past, ranges, "its parts", longest),
+            _range(new, ranges, "its parts", longest),
+            strict=True,
+        )
+    )
+    before, who = ranges.setdefault(total, ((low, usual, high), "past and new tokens"))
+    if before != (low, usual, high):
+        msg = (
+            f"--shapes: axis '{total}' of '{who}' is {_text(before)}, but past and new tokens "
+            f"('{past}', '{new}') add up to {_text((low, usual, high))}; give these too"
+        )
+        raise OptionError(msg)
 
 
 def _take(
@@ -183,7 +209,9 @@ def _text(sizes: Sequence[int | str]) -> str:
     return f"[{', '.join(str(size) for size in sizes)}]"
 
 
-def _range(dim: int | str, ranges: Mapping[str, tuple[Range, str]], name: str) -> Range:
+def _range(
+    dim: int | str, ranges: Mapping[str, tuple[Range, str]], name: str, longest: int = LONGEST
+) -> Range:
     if isinstance(dim, int):
         return (dim, dim, dim)
     if dim in ranges:
@@ -192,12 +220,13 @@ def _range(dim: int | str, ranges: Mapping[str, tuple[Range, str]], name: str) -
         return found
     parts = _SUM.split(dim)
     if len(parts) > 1:
-        each = [_range(int(p) if p.isdecimal() else p, ranges, name) for p in parts]
+        each = [_range(int(p) if p.isdecimal() else p, ranges, name, longest) for p in parts]
         low, usual, high = (sum(column) for column in zip(*each, strict=True))
         return (low, usual, high)
     for pattern, default in _DEFAULTS:
         if re.search(pattern, dim.lower()):
-            return default
+            low, usual, high = (min(size, longest) for size in default)
+            return (low, usual, high)
     msg = (
         f"--shapes: nothing says how long axis '{dim}' of input '{name}' is; give the input, such "
         f"as --shapes {name}:MIN,OPT,MAX"

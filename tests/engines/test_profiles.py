@@ -37,6 +37,24 @@ def test_the_second_mention_begins_the_second_profile_and_one_shape_is_all_three
     assert second["input_ids"] == ((8, 16), (8, 16), (8, 16))
 
 
+def test_axes_of_other_names_for_past_and_new_tokens_together():
+    mask = value("attention_mask", "batch", "total_sequence")
+    (profile,) = make_profiles([IDS, mask, PAST], ["input_ids:1x1"])
+    assert profile["attention_mask"] == ((1, 1), (1, 129), (1, 513))
+    with pytest.raises(OptionError, match="add up to"):
+        make_profiles([IDS, mask, PAST], ["attention_mask:1x7"])
+    with pytest.raises(OptionError, match="add up to"):
+        make_profiles([IDS, mask, PAST], ["input_ids:1x8", "attention_mask:1x7"])
+    (profile,) = make_profiles([IDS, mask, PAST], ["input_ids:1x1", "attention_mask:1x7"])
+    assert profile["past_key"][1] == (1, 4, 6, 16)
+
+
+def test_lengths_that_nobody_gave_have_a_limit():
+    (profile,) = make_profiles([IDS, PAST], ["past_key:1x4x0x16,1x4x99x16,1x4x400x16"], 64)
+    assert profile["input_ids"] == ((1, 1), (1, 64), (1, 64))
+    assert profile["past_key"][2] == (1, 4, 400, 16)
+
+
 def test_names_with_colons_and_static_models():
     assert parse_shapes(["scope/x:0:1x2"]) == [{"scope/x:0": ((1, 2), (1, 2), (1, 2))}]
     assert make_profiles([value("x", 1, 4)]) == []
