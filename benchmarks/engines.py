@@ -5,7 +5,8 @@
 
 A cell is a family, with or without KV cache, and a pass set. *built*: an engine. *refused*: this
 program says why it does not build (no data, a family it does not know). *failed*: TensorRT does not
-take what this program wrote, whatever its reason. The same export, untouched, is built for comparison.
+take what this program wrote, whatever its reason. The same export, untouched, is built too, for
+comparison.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ END = "<!-- end of engines -->"
 CAPABILITY = 89
 
 
-def build(name: str, cached: bool, pass_set: str) -> dict[str, Any]:
+def build(name: str, cached: bool, pass_set: str) -> dict[str, Any]:  # noqa: FBT001
     """Build one cell."""
     entry = families.FAMILIES[name]
     row: dict[str, Any] = {"family": name, "kv_cache": cached, "passes": pass_set}
@@ -125,7 +126,7 @@ def table(content: dict[str, Any]) -> str:
     other = sum(row["outcome"] == "not exported" for row in rows)
     lines += [
         "",
-        f"Size and time: median ratio to the engine of the untouched export, where both were built; "
+        "Size and time: median ratio to the engine of the untouched export, where both were built; "
         f"the time holds the passes too. {other} cells have no export; {missing} were not run.",
     ]
     return "\n".join(lines)

@@ -77,6 +77,24 @@ def test_an_engine_and_its_manifest(command: Callable[..., Outcome], fake, model
     assert (plan.flavour, plan.version) == ("tensorrt", "10.3.0.30")
 
 
+@pytest.mark.parametrize("version", json.loads((FAKE.parent / "api_surface.json").read_text()))
+def test_every_recorded_version_has_the_names_that_a_build_uses(
+    command, fake, model, tmp_path, version
+):
+    """The module that stands in refuses to have what the release does not have."""
+    fake("ok", version)
+    found = command(
+        "build", model, "--target", "tensorrt", "--timing-cache", tmp_path / "cache",
+        "--version-compatible", "--hardware-compatible",
+    )  # fmt: skip
+    assert found.code == 0, found.err
+    manifest = json.loads((tmp_path / "m.engine.manifest.json").read_text())
+    assert manifest["target"] == f"tensorrt-{version.partition('.')[0]}"
+    assert manifest["hardware_compatible"]
+    newer = [int(part) for part in version.split(".")[:2]] >= [10, 16]
+    assert len(manifest["layers"]) == (2 if newer else 1)
+
+
 def test_the_form_follows_the_installed_version(command, fake, model, tmp_path):
     fake("ok", "11.1.0.2")
     assert command("build", model, "--target", "tensorrt").code == 0

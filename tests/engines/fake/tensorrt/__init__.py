@@ -4,14 +4,37 @@ It has the names that the program uses; FAKE_TENSORRT says how a build goes.
 """
 
 import enum
+import json
 import os
 import pathlib
 import sys
 import time
-from types import SimpleNamespace
+
+
+def _numbers(text):
+    return [int(part) for part in text.split(".")]
+
 
 __version__ = os.environ.get("FAKE_TENSORRT_VERSION", "10.3.0.30")
 _MODE = os.environ.get("FAKE_TENSORRT", "ok")
+_TURN = {"plugin_namespace": "acme", "name": "Turn", "plugin_version": "1"}
+_FILE = pathlib.Path(__file__).parent.parent.parent / "api_surface.json"
+#: Class -> names, of the newest recorded release that is not newer than this version.
+SURFACE = [
+    names
+    for release, names in sorted(
+        json.loads(_FILE.read_text()).items(), key=lambda item: _numbers(item[0])
+    )
+    if _numbers(release)[:2] <= _numbers(__version__)[:2]
+][-1]
+
+
+class _Record:
+    """An object of a class of TensorRT's: what the version's class does not have, it refuses."""
+
+    def __init__(self, kind, values, **hidden):
+        assert set(values) <= set(SURFACE[kind]), f"{kind} of {__version__} lacks one of {values}"
+        self.__dict__.update(values, **hidden)
 
 
 class Severity(enum.Enum):
@@ -38,24 +61,23 @@ class HardwareCompatibilityLevel(enum.Enum):
     AMPERE_PLUS = 1
 
 
-class LayerType(enum.Enum):
-    MATRIX_MULTIPLY = 0
-    ATTENTION_OUTPUT = 1
+_KINDS = ["MATRIX_MULTIPLY", "ATTENTION_OUTPUT"]
+LayerType = enum.Enum("LayerType", [kind for kind in _KINDS if kind in SURFACE["LayerType"]])
 
 
 class DataType(enum.Enum):
     FLOAT = 0
 
 
-class _Registry:
-    all_creators = (SimpleNamespace(plugin_namespace="acme", name="Turn", plugin_version="1"),)
+class IPluginRegistry:
+    all_creators = (_Record("IPluginCreatorV3One", _TURN),)
 
     def load_library(self, path):
         return None
 
 
 def get_plugin_registry():
-    return _Registry()
+    return IPluginRegistry()
 
 
 class Builder:
@@ -66,13 +88,13 @@ class Builder:
 
     def create_network(self, flags):
         assert flags == 1 << 1, "strongly typed"
-        return _Network()
+        return INetworkDefinition()
 
     def create_builder_config(self):
-        return _Config()
+        return IBuilderConfig()
 
     def create_optimization_profile(self):
-        return _Profile()
+        return IOptimizationProfile()
 
     def build_serialized_network(self, network, config):
         monitor = config.progress_monitor
@@ -92,32 +114,59 @@ class Builder:
         if _MODE == "refuse in build":
             self.logger.log(Severity.ERROR, "could not find any implementation for node layer_one")
             return None
+        assert _attention is None or _attention.decomposable
         return b"ftrt" + bytes(20) + bytes((10, 3, 0, 30)) + bytes(100) + repr(config.sets).encode()
 
 
-class _Network:
+class INetworkDefinition:
     name = ""
     num_inputs = 1
-    num_layers = 1
+    num_layers = len(LayerType.__members__)
 
     def get_input(self, index):
-        return SimpleNamespace(name="x", shape=(-1, 4), is_shape_tensor=_MODE == "shape input")
+        values = {"name": "x", "shape": (-1, 4), "is_shape_tensor": _MODE == "shape input"}
+        return _Record("ITensor", values)
 
     def get_layer(self, index):
-        return SimpleNamespace(
-            name="layer_one",
-            type=LayerType.MATRIX_MULTIPLY,
-            num_outputs=1,
-            get_output=lambda _: SimpleNamespace(dtype=DataType.FLOAT),
-        )
+        has_attention = "ATTENTION_OUTPUT" in LayerType.__members__
+        return _Attention() if has_attention and index == 1 else _Layer("MATRIX_MULTIPLY")
 
 
-class _Profile:
+class ILayer:
+    name = "layer_one"
+    num_outputs = 1
+
+    def get_output(self, index):
+        return _Record("ITensor", {"dtype": DataType.FLOAT})
+
+
+class _Layer(ILayer):
+    def __init__(self, kind):
+        self.type = LayerType[kind]
+
+
+class IAttentionOutputLayer(ILayer):
+    """The class that a layer of that type gets; without it, it has no attention."""
+
+    @property
+    def attention(self):
+        return _attention
+
+
+class _Attention(_Layer):
+    def __init__(self):
+        super().__init__("ATTENTION_OUTPUT")
+
+
+class IOptimizationProfile:
     def set_shape(self, name, low, usual, high):
         self.shapes = (name, low, usual, high)
 
 
-class _Config:
+_attention = _Record("IAttention", {"decomposable": False}) if "IAttention" in SURFACE else None
+
+
+class IBuilderConfig:
     progress_monitor = None
 
     def __init__(self):
@@ -132,14 +181,14 @@ class _Config:
         return 0
 
     def create_timing_cache(self, content):
-        return SimpleNamespace(content=content)
+        return _Record("ITimingCache", {}, content=content)
 
     def set_timing_cache(self, cache, ignore_mismatch):
         self.cache = cache.content
         return cache.content != b"other GPU"
 
     def get_timing_cache(self):
-        return SimpleNamespace(serialize=lambda: self.cache + b"+")
+        return _Record("ITimingCache", {"serialize": lambda: self.cache + b"+"})
 
 
 class OnnxParser:
@@ -158,8 +207,19 @@ class OnnxParser:
         return True
 
     def get_error(self, index):
-        return SimpleNamespace(
-            node_operator=lambda: "ScatterND",
-            node_name=lambda: "second",
-            desc=lambda: "reduction is not supported",
-        )
+        values = {
+            "node_operator": lambda: "ScatterND",
+            "node_name": lambda: "second",
+            "desc": lambda: "reduction is not supported",
+        }
+        return _Record("ParserError", values)
+
+
+for _kind in (
+    Builder, BuilderFlag, HardwareCompatibilityLevel, IBuilderConfig, ILayer, INetworkDefinition,
+    IOptimizationProfile, IPluginRegistry, IProgressMonitor, NetworkDefinitionCreationFlag,
+    OnnxParser,
+):  # fmt: skip
+    _own = {name for name in vars(_kind) if not name.startswith("_")}
+    _lacks = _own - set(SURFACE[_kind.__name__]) - {"logger", "sets", "cache"}
+    assert not _lacks, f"{_kind.__name__} of {__version__} has no {_lacks}"
