@@ -103,9 +103,12 @@ def _parse(trt: Any, network: Any, logger: Any, model: str) -> None:
     if first is None:
         raise EngineError(_failure(logger.errors, ()))
     operator, node = first.node_operator(), first.node_name()
+    # What a plugin says of itself comes before what the parser makes of it.
+    own = [item for item in logger.errors if "Importer" not in item and first.desc() not in item]
+    reason = "; ".join([*own[:1], first.desc()])
     msg = (
         f"TensorRT {trt.__version__} does not take node '{node}' ({operator}): "
-        f"{first.desc()}; write it in other operators, or load its plugin with --plugin"
+        f"{reason}; write it in other operators, or load its plugin with --plugin"
     )
     raise EngineError(msg)
 
