@@ -52,7 +52,8 @@ class Target:
         quantization: The spelling of int8 products.
         contrib_ops: Whether it runs operators of the domain ``com.microsoft``.
         attention: Whether the standard Attention operator (opset 23) runs.
-        attention_cache: Whether Attention may hold the KV cache: past inputs, present outputs.
+        attention_cache: Whether Attention may hold the KV cache (past inputs, present outputs) or
+            have a softcap.
         rotary: Whether the standard RotaryEmbedding operator (opset 23) runs.
         full_attention_mask: Whether an attention mask must have its query dimension written out.
         float16, bfloat16: What it does with these types.

@@ -1,7 +1,8 @@
-"""Spellings that TensorRT's parsers take: attention has one output and no cache inside.
+"""Spellings that TensorRT's parsers take: attention has one output, no cache inside, no softcap.
 
 The parser refuses Attention with past or present ("only supports Attention nodes with one output"),
-so the cache is put together in front of it; ``canonicalize`` raises that back.
+so the cache is put together in front of it, and with a softcap, which is spelled out.
+``canonicalize`` raises both back.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from optimizer.nodes import operand, optional
 from optimizer.raising.base import allow
 
 
-def split_caches(model: ir.Model) -> int:
-    """Take the KV cache out of every Attention that has one; returns how many had.
+def simplify_attention(model: ir.Model) -> int:
+    """Rewrite every Attention with a KV cache inside or a softcap; returns how many there were.
 
     Attention over Q [B, H, S, c], K and V [B, Hkv, P+S, c], where K and V are past and new tokens,
     concatenated; those are its present too. A causal one is spelled out, because without a past
@@ -27,9 +28,9 @@ def split_caches(model: ir.Model) -> int:
         if node.domain != "" or node.op_type != "Attention":
             continue
         used = [output for output in node.outputs[1:] if output.name and _is_used(output)]
-        if not used and optional(node, 4) is None:
+        if not used and optional(node, 4) is None and not _softcap(node):
             continue
-        if not allow(node, "cache"):
+        if not allow(node, "attention"):
             continue
         pen = decompose.Pen(model.graph, node, shared)
         if _stays_attention(node):
@@ -46,10 +47,14 @@ def _is_used(value: ir.Value) -> bool:
     return bool(value.uses()) or value.is_graph_output()
 
 
+def _softcap(node: ir.Node) -> bool:
+    return bool(node.attributes.get_float("softcap", 0.0))
+
+
 def _stays_attention(node: ir.Node) -> bool:
     causal = bool(node.attributes.get_int("is_causal", 0))
     returns_scores = len(node.outputs) > 3 and bool(node.outputs[3].name)
-    return not causal and not returns_scores and len(node.inputs) <= 6
+    return not causal and not _softcap(node) and not returns_scores and len(node.inputs) <= 6
 
 
 def _split(pen: decompose.Pen) -> None:
@@ -62,7 +67,7 @@ def _split(pen: decompose.Pen) -> None:
     if optional(node, 4) is not None:
         key = pen.put("Concat", (operand(node, 4), key), {"axis": 2})
         value = pen.put("Concat", (operand(node, 5), value), {"axis": 2})
-    kept = ("scale", "softcap", "softmax_precision")
+    kept = ("scale", "softmax_precision")
     attributes = {name: node.attributes[name].value for name in kept if name in node.attributes}
     y = pen.put("Attention", (query, key, value, optional(node, 3)), attributes)
     if flat:
