@@ -117,6 +117,12 @@ class MissingDependencyError(OptimizerError):
     exit_code = EXIT_DEPENDENCY
 
 
+class EngineError(OptimizerError):
+    """TensorRT made no engine of the model, or an engine cannot be used here."""
+
+    exit_code = EXIT_ENGINE
+
+
 class ExportError(OptimizerError):
     """The result could not be written (disk full, no permission, ...)."""
 

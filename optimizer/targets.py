@@ -52,6 +52,8 @@ class Target:
         quantization: The spelling of int8 products.
         contrib_ops: Whether it runs operators of the domain ``com.microsoft``.
         attention: Whether the standard Attention operator (opset 23) runs.
+        attention_cache: Whether Attention may hold the KV cache (past inputs, present outputs) or
+            have a softcap.
         rotary: Whether the standard RotaryEmbedding operator (opset 23) runs.
         full_attention_mask: Whether an attention mask must have its query dimension written out.
         float16, bfloat16: What it does with these types.
@@ -68,6 +70,7 @@ class Target:
     quantization: Quantization = Quantization.S8_QDQ
     contrib_ops: bool = False
     attention: bool = True
+    attention_cache: bool = True
     rotary: bool = True
     full_attention_mask: bool = False
     float16: HalfPrecision = HalfPrecision.COMPUTED
@@ -120,6 +123,7 @@ TARGETS: dict[str, Target] = {
             opset=23,
             min_opset=18,
             max_opset=23,
+            attention_cache=False,
             notes="engines are built ahead of time, also without a GPU; zero points must be zero",
         ),
         Target(
@@ -140,6 +144,7 @@ TARGETS: dict[str, Target] = {
             opset=23,
             min_opset=18,
             max_opset=24,
+            attention_cache=False,
             notes="TensorRT 11: strongly typed networks only",
         ),
         Target(

@@ -477,11 +477,88 @@ VERDICTS = (
         lambda p: [p.small, "--passes", f"{DEMO}:Interrupted"]),
 )  # fmt: skip
 
+FAKE = Path(__file__).resolve().parent / "engines" / "fake"
+
+
+def _pretend(place: Place, mode: str, *words: Any) -> Words:
+    """A build with a module that stands in for TensorRT and fails in a certain way."""
+    place.patch.setenv("PYTHONPATH", f"{FAKE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    place.patch.setenv("FAKE_TENSORRT", mode)
+    place.patch.setenv("FAKE_TENSORRT_VERSION", "11.1.0.0")
+    path = place.write(graph([_NODE("MatMul", ["x", "w"], ["y"], name="first")]))
+    return ["build", path, "--target", "tensorrt", *words]
+
+
+def _plan(place: Place, content: bytes, manifest: str | None = None) -> Words:
+    path = place.folder / "x.engine"
+    path.write_bytes(content)
+    if manifest is not None:
+        path.with_name("x.engine.manifest.json").write_text(manifest)
+    return ["inspect", path]
+
+
+def _without_tensorrt(place: Place) -> Words:
+    """No module of either flavour can be found by the process that builds."""
+    hidden = place.folder / "tensorrt"
+    hidden.mkdir()
+    (hidden / "__init__.py").write_text("raise ImportError('libnvinfer.so.11 is missing')")
+    place.patch.setenv("PYTHONPATH", f"{place.folder}{os.pathsep}{os.environ['PYTHONPATH']}")
+    return ["build", place.small, "--target", "tensorrt"]
+
+
+def _wrong_plugin(place: Place) -> Words:
+    path = place.folder / "plugin.so"
+    path.write_bytes(b"no library")
+    return _pretend(place, "ok", "--plugin", path)
+
+
+ENGINES = (
+    Row("`build`: a target without engines", 2, "those that have", ("has no engines",),
+        lambda p: ["build", p.small, "--target", "ort-cpu"], ("engines.flavours.flavour_of",)),
+    Row("`build --target jetson`", 2, "to build on the device", ("on the device",),
+        lambda p: ["build", p.small, "--target", "jetson"], ("engine_job.check_engine",)),
+    Row("an option that this TensorRT does not obey", 2, "why, and what to use",
+        ("does not have it",), lambda p: ["build", p.small, "--version-compatible"],
+        ("engines.flavours.check_options",)),
+    Row("`--shapes` of another form", 2, "the form", ("NAME:MIN,OPT,MAX",),
+        lambda p: ["build", p.small, "--shapes", "input_ids"], ("engines.profiles.parse_shapes",)),
+    Row("`--shapes` that contradict the model or each other", 2, "the axis, found and expected",
+        ("axis 0 of 'x' is always 2",), lambda p: _pretend(p, "ok", "--shapes", "x:1x3"),
+        ("engines.profiles._take",)),
+    Row("`--engine` together with `--dry-run`", 2, "drop one", ("--dry-run",),
+        lambda p: [p.small, "--engine", "x.engine", "--dry-run"], ("cli.run._engine_options",)),
+    Row("`--plugin` names no file", 2, "how to build it", ("there is no file",),
+        lambda p: _pretend(p, "ok", "--plugin", p.folder / "none.so"),
+        ("engines.library_path.find_plugins",)),
+    Row("TensorRT of another major version than the target's", 2, "`--target tensorrt`",
+        ("is installed here",),
+        lambda p: [*_pretend(p, "ok")[:-1], "tensorrt-10"], ("engine_job.exact_target",)),
+    Row("TensorRT is not installed, or cannot be loaded", 6, "how to install it",
+        ("cannot be loaded", "libnvinfer.so.11 is missing"), _without_tensorrt,
+        ("engines.child._follow",)),
+    Row("an operator that TensorRT does not take", 7, "the node, and the reason",
+        ("node 'second' (ScatterND)",), lambda p: _pretend(p, "refuse in parser")),
+    Row("TensorRT builds no engine", 7, "the node or layer, and its error",
+        ("at 'layer_one'",), lambda p: _pretend(p, "refuse in build")),
+    Row("TensorRT ends its own process", 7, "the node or phase it was at",
+        ("SIGABRT", "node first"), lambda p: _pretend(p, "abort in parser")),
+    Row("not enough memory for a build", 7, "`--max-memory`, smaller `--shapes`",
+        ("not enough memory",), lambda p: _pretend(p, "killed")),
+    Row("a plugin library that is none, or of another TensorRT", 7, "how to build it",
+        ("plugin library",), _wrong_plugin),
+    Row("`inspect`: no engine, or a damaged one", 7, "build or copy it again",
+        ("is no TensorRT engine",), lambda p: _plan(p, b"junk" * 20), ("engines.plan.read_plan",)),
+    Row("`inspect`: an engine that is not the one of its manifest", 7, "build or copy both again",
+        ("is no manifest of an engine",),
+        lambda p: _plan(p, b"ftrt" + bytes(60), "{}"), ("engine_inspection._manifest",)),
+)  # fmt: skip
+
 GROUPS: dict[str, tuple[Row, ...]] = {
     "The model": FILES,
     "Options and installation": OPTIONS,
     "Sample data": DATA,
     "The output": OUTPUT,
+    "TensorRT engines": ENGINES,
     "Verdicts and defects": VERDICTS,
 }
 ROWS = tuple(row for rows in GROUPS.values() for row in rows)
@@ -493,6 +570,10 @@ ANSWERS = (
 
 #: Only who programs with the package meets these, or nobody: the program has a way around.
 INTERNAL = "internal"
+_NO_ENGINE = "TensorRT builds no engine"
+_PROFILE = "`--shapes` that contradict the model or each other"
+_PLUGIN = "a plugin library that is none, or of another TensorRT"
+_NO_RT = "TensorRT is not installed, or cannot be loaded"
 _CHECK = "`bisect`: the check is no command, or fails on the original model"
 _FILE = "a pass from a file that does not exist, or fails"
 _LACKS = "a pass from a file, or of another distribution, that lacks what a pass must have"
@@ -533,6 +614,23 @@ VARIANTS = {
     "deviation.collect": _VERIFY,
     "divergence.first_difference": INTERNAL,
     "elf.read_dynamic": INTERNAL,
+    "engine_job._log": "the disk is full, or the folder not writable",
+    "engine_job.build_model": "`--engine` together with `--dry-run`",
+    "engine_job.build_result": INTERNAL,
+    "engines.build._add_profiles": _PROFILE,
+    "engines.build._config": "an option that this TensorRT does not obey",
+    "engines.build._parse": "an operator that TensorRT does not take",
+    "engines.build.build": _NO_ENGINE,
+    "engines.library._check_library": _PLUGIN,
+    "engines.library._load_rtx": INTERNAL,
+    "engines.library.check_creators": "an operator that TensorRT does not take",
+    "engines.library.import_tensorrt": _NO_RT,
+    "engines.library.load_plugins": _PLUGIN,
+    "engines.profiles._check_sum": _PROFILE,
+    "engines.profiles._dims": _PROFILE,
+    "engines.profiles._range": _PROFILE,
+    "engines.profiles._settle_total": _PROFILE,
+    "engines.profiles.make_profiles": _PROFILE,
     "external_passes._module": _FILE,
     "external_passes._parsed": _FILE,
     "external_passes._refuse_whole_script": _FILE,
@@ -562,10 +660,10 @@ VARIANTS = {
     "inputs.check_feed": _NAMES,
     "legalize._opset": _LOWER,
     "legalize._refuse_contrib": _LOWER,
-    "legalize.decompose._head_counts": _LOWER,
+    "legalize.decompose.head_counts": _LOWER,
     "custom_ops.library._checked": INTERNAL,
-    "legalize.decompose._size": _LOWER,
     "legalize.decompose.attention": _LOWER,
+    "legalize.decompose.head_size": _LOWER,
     "legalize.decompose.rms_normalization": _LOWER,
     "legalize.decompose.rotary_embedding": _LOWER,
     "legalize.legalize": _LOWER,

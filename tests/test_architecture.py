@@ -33,7 +33,7 @@ LAYERS = [
         "quantized_parts block_parts special_parts blocks linear_layers raising attention_masks "
         "widening fusion checks model_tensors sparse_input notes model_functions proto_text "
         "model_input model_writer "
-        "model_io frontends runners",
+        "model_io frontends engines runners",
         "observers calibration pass_base graphsurgeon external_passes quantization pruning "
         "precision sparse_layers sparse_replacement tokens generation legalize",
         "passes pass_template",
@@ -41,7 +41,7 @@ LAYERS = [
         "token_picture "
         "comparison divergence judges command_judge stages shares bisection "
         "conformance",
-        "progress job bisect_job api cli __main__",
+        "progress job bisect_job api engine_job engine_inspection cli __main__",
     )
 ]
 #: Where these may be imported; everything else works without them.
@@ -50,7 +50,7 @@ RUNTIMES = {
     "torch": ("optimizer/frontends/",),
     "transformers": ("optimizer/frontends/",),
     "onnxscript": ("optimizer/frontends/",),
-    "tensorrt": ("optimizer/runners/", "optimizer/export/"),
+    "tensorrt": ("optimizer/runners/", "optimizer/engines/"),
     "onnx_graphsurgeon": ("optimizer/graphsurgeon/",),
     "click": ("optimizer/cli/",),
     "rich": ("optimizer/cli/", "optimizer/progress.py"),

@@ -25,6 +25,9 @@ from optimizer import graph as graphs
 from optimizer.custom_ops.bodies import left_out
 from optimizer.custom_ops.cuda_layout import most_values, pack_cuda
 from optimizer.custom_ops.declaration import DOMAIN, OP_TYPE, declaration_hash
+from optimizer.engine_job import EngineOptions, build_file
+from optimizer.errors import EngineError
+from optimizer.hashing import hash_file
 from optimizer.pass_base import Context
 from passes.fp16 import Fp16
 from passes.sparse_matmul import Options, SparseMatMul
@@ -193,6 +196,36 @@ def build_engine(proto: onnx.ModelProto, built: Path, folder: Path) -> tuple[lis
     assert run.returncode == 0, run.stdout + run.stderr
     digests = [line.split()[1] for line in run.stdout.splitlines() if line.startswith("engine ")]
     return digests, run.stdout + run.stderr
+
+
+@pytest.mark.tensorrt
+@needs_nvcc
+def test_the_command_line_s_build_loads_the_plugin_once_and_counts_its_layers(built, tmp_path):
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        pytest.skip("TensorRT for RTX is not installed: pip install tensorrt-rtx")
+    onnx.save(model(), tmp_path / "model.onnx")
+    library = built / "liboptimize_tensorrt.so"
+    digests = []
+    for name in ("a", "b"):
+        options = EngineOptions(
+            tmp_path / f"{name}.engine", capabilities=(80,), plugins=(library, library)
+        )
+        made = build_file(tmp_path / "model.onnx", "tensorrt-rtx", options)
+        digests.append(made.manifest["engine"]["sha256"])
+    assert digests[0] == digests[1]
+    assert made.manifest["plugin_layers"] == 1
+    (loaded,) = made.manifest["plugins"]
+    assert loaded["file"] == library.name
+    assert loaded["sha256"] == hash_file(library)
+    assert any(OP_TYPE in creator for creator in loaded["creators"])
+    onnx.save(model(declaration=1), tmp_path / "other.onnx")
+    for file, libraries, said in (
+        ("model", (), f"node 'l': no plugin creates {DOMAIN}::{OP_TYPE}"),
+        ("other", (library,), "rebuild the plugin library"),
+    ):
+        options = EngineOptions(tmp_path / "c.engine", capabilities=(80,), plugins=libraries)
+        with pytest.raises(EngineError, match=said):
+            build_file(tmp_path / f"{file}.onnx", "tensorrt-rtx", options)
 
 
 @pytest.mark.tensorrt

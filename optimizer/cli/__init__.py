@@ -37,10 +37,11 @@ _COMMANDS = {
     "bench": "Measure the latency of models against each other.",
     "check": "Compare the numbers of two models; the exit code is the verdict.",
     "inspect": "Show what is in a model: blocks, operators, sizes, provenance.",
+    "build": "Build a TensorRT engine of a model, without a GPU for TensorRT for RTX.",
     "bisect": "Find the pass and the rewrite in it that break a model.",
     "doctor": "Show what is installed, which targets work here, and what does not fit together.",
 }
-_MODULES = {"bisect": "bisect", "doctor": "doctor", "passes": "passes"}
+_MODULES = {"bisect": "bisect", "build": "build", "doctor": "doctor", "passes": "passes"}
 
 
 class ModelOrCommand(click.Group):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from optimizer.cli.build import print_engine
 from optimizer.cli.options import (
     FILE,
     combine,
@@ -16,7 +17,13 @@ from optimizer.cli.options import (
     threads_option,
 )
 from optimizer.cli.tools import shape_option
-from optimizer.errors import EXIT_BUDGET, EXIT_DONE, VerificationError
+from optimizer.errors import EXIT_BUDGET, EXIT_DONE, OptionError, VerificationError
+from optimizer.targets import DEFAULT_TARGET
+
+if TYPE_CHECKING:
+    from optimizer.engine_job import EngineOptions, EngineResult
+    from optimizer.job import Result
+    from optimizer.listener import Listener
 
 _proof = combine(
     click.option(
@@ -60,6 +67,12 @@ _out = combine(
         help="Write weights to a file of their own.  [default: auto, from 1.5 GB on]",
     ),
     click.option(
+        "--engine",
+        type=FILE,
+        metavar="FILE",
+        help="As the last step, build a TensorRT engine of the result; see 'optimize build'.",
+    ),
+    click.option(
         "--dry-run", is_flag=True, help="Say which pass would match where; write nothing."
     ),
     click.option("--explain", is_flag=True, help="List every site left alone, with the reason."),
@@ -84,6 +97,7 @@ def run(model: str, **options: Any) -> int:
     )
     passes = ",".join(options.pop("passes"))
     keep = options.pop("keep")
+    engine = _engine_options(options)
     # Only what was given: the rest comes from the recipe or from the defaults in one place.
     given = {key: value for key, value in options.items() if value is not None}
     with start_listening(quiet=quiet or as_json, verbose=verbose) as listener:
@@ -94,14 +108,38 @@ def run(model: str, **options: Any) -> int:
         except VerificationError as error:
             error.add_note(f"next: {bisect_words()}")
             raise
+        made = None if engine is None else _build(result, engine, listener)
     if as_json:
-        screen.print_json(screen.result_as_dict(result))
+        extra = {} if made is None else {"engine": made.manifest}
+        screen.print_json({**screen.result_as_dict(result), **extra})
     elif not quiet:
         screen.print_result(result, explain=explain, dry_run=bool(options["dry_run"]))
+        if made is not None:
+            print_engine(made.manifest, made.files)
     if result.report.missed is not None:
         click.echo(f"optimize: {result.report.missed}; written because of --keep", err=True)
         return EXIT_BUDGET
     return EXIT_DONE
+
+
+def _engine_options(options: dict[str, Any]) -> EngineOptions | None:
+    """What ``--engine`` asks for, refused here where it cannot be had."""
+    output = options.pop("engine")
+    if output is None:
+        return None
+    if options["dry_run"]:
+        raise OptionError("--engine: nothing is built with --dry-run; drop one of the two")
+    from optimizer.engine_job import EngineOptions, check_engine
+
+    engine = EngineOptions(output, force=options["force"], max_memory=options["max_memory"])
+    check_engine(options["target"] or DEFAULT_TARGET, engine)
+    return engine
+
+
+def _build(result: Result, engine: EngineOptions, listener: Listener) -> EngineResult:
+    from optimizer.engine_job import build_result
+
+    return build_result(result, engine, listener)
 
 
 def bisect_words() -> str:

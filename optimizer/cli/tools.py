@@ -67,8 +67,21 @@ def inspect_command(
     sample: int,
     output: Path | None,
 ) -> int:
-    """Show what is in MODEL: inputs, outputs, operators, blocks, sizes, provenance."""
+    """Show what is in MODEL: inputs, outputs, operators, blocks, sizes, provenance.
+
+    Of a TensorRT engine (FILE.engine, FILE.plan): what it needs, and what this machine has.
+    """
     from optimizer.cli import screen
+
+    if model.suffix in (".engine", ".plan"):
+        from optimizer.engine_inspection import describe_engine
+
+        found = describe_engine(model)
+        if as_json:
+            screen.print_json(found)
+        else:
+            click.echo(f"{model}: {found['text']}")
+        return EXIT_DONE
     from optimizer.inspection import describe_model
 
     if tokens is not None:

@@ -13,7 +13,7 @@ from optimizer import gate as gates
 from optimizer import widening
 from optimizer.errors import OptionError, UnsupportedError
 from optimizer.gate import Gate
-from optimizer.legalize import kv_in_place, opset_rules, ort_cpu
+from optimizer.legalize import kv_in_place, opset_rules, ort_cpu, tensorrt
 from optimizer.model_input import is_runtime_operator
 from optimizer.pass_base import Report, Skip
 from optimizer.targets import Quantization, Target, get_target
@@ -97,6 +97,8 @@ def _lower(
         counts["zero point"] = ort_cpu.drop_zero_points(model)
     if target.full_attention_mask and not fast_cpu:
         counts["attention mask"] = ort_cpu.widen_masks(model)
+    if not target.attention_cache and opset >= opset_rules.RULES["Attention"][0]:
+        counts["attention"] = tensorrt.simplify_attention(model)
     counts["opset"] = opset_rules.lower(model, opset)
     for function in model.functions.values():  # bodies of our operators, right for every opset
         function.opset_imports[""] = opset

@@ -192,7 +192,7 @@ def attention(pen: Pen) -> None:
             cache, or returns scores before the softmax.
     """
     node = pen.node
-    heads, kv_heads, flat = _head_counts(node)
+    heads, kv_heads, flat = head_counts(node)
     if _returns_scores(node) and node.attributes.get_int("qk_matmul_output_mode", 0) != _WEIGHTS:
         msg = (
             f"node '{node.name}': this Attention returns its scores from before the softmax, which "
@@ -201,8 +201,8 @@ def attention(pen: Pen) -> None:
         raise UnsupportedError(msg)
     query, key, value = (operand(node, i) for i in range(3))
     if flat:
-        query = _heads(pen, query, heads)
-        key, value = (_heads(pen, v, kv_heads) for v in (key, value))
+        query = by_heads(pen, query, heads)
+        key, value = (by_heads(pen, v, kv_heads) for v in (key, value))
     if optional(node, 4) is not None:
         key = pen.put("Concat", (operand(node, 4), key), {"axis": 2})
         value = pen.put("Concat", (operand(node, 5), value), {"axis": 2})
@@ -219,12 +219,12 @@ def attention(pen: Pen) -> None:
         pen.done(total, *present, weights)
         return
     y = pen.put("Transpose", (total,), {"perm": [0, 2, 1, 3]})
-    size = _size(node, 2, kv_heads)
+    size = head_size(node, 2, kv_heads)
     y = pen.put("Reshape", (y, pen.integers(0, 0, heads * size)))
     pen.done(y, *present, weights)
 
 
-def _head_counts(node: ir.Node) -> tuple[int, int, bool]:
+def head_counts(node: ir.Node) -> tuple[int, int, bool]:
     """(H, Hkv, whether the heads are joined in the last axis)."""
     heads = node.attributes.get_int("q_num_heads", 0)
     kv_heads = node.attributes.get_int("kv_num_heads", 0)
@@ -264,7 +264,12 @@ def _returns_scores(node: ir.Node) -> bool:
     return bool(node.outputs[3].uses()) or node.outputs[3].is_graph_output()
 
 
-def _size(node: ir.Node, index: int, heads: int) -> int:
+def head_size(node: ir.Node, index: int, heads: int) -> int:
+    """The size of a head of an input whose last axis joins ``heads`` of them.
+
+    Raises:
+        UnsupportedError: It is not known.
+    """
     shape = Shapes().of(operand(node, index))
     width = None if shape is None else shape[-1]
     if not isinstance(width, int):
@@ -277,14 +282,15 @@ def _default_scale(node: ir.Node, heads: int) -> float:
     shape = Shapes().of(operand(node))
     if shape is not None and len(shape) == 4 and isinstance(shape[3], int):
         return math.sqrt(1 / shape[3])
-    return math.sqrt(1 / _size(node, 0, heads))
+    return math.sqrt(1 / head_size(node, 0, heads))
 
 
-def _heads(pen: Pen, x: ir.Value, heads: int) -> ir.Value:
+def by_heads(pen: Pen, x: ir.Value, heads: int) -> ir.Value:
+    """An input [B, S, H*c] of the node as [B, H, S, c]."""
     if x in pen.shared:
         return pen.shared[x]
     index = next(i for i, v in enumerate(pen.node.inputs) if v is x)
-    shape = pen.integers(0, 0, heads, _size(pen.node, index, heads))
+    shape = pen.integers(0, 0, heads, head_size(pen.node, index, heads))
     return pen.put("Transpose", (pen.put("Reshape", (x, shape)),), {"perm": [0, 2, 1, 3]})
 
 
@@ -293,7 +299,9 @@ def _repeat(pen: Pen, x: ir.Value, index: int, heads: int, kv_heads: int) -> ir.
     count = heads // kv_heads
     wide = pen.put("Unsqueeze", (x, pen.integers(2)))
     wide = pen.put("Expand", (wide, pen.integers(1, 1, count, 1, 1)))
-    return pen.put("Reshape", (wide, pen.integers(0, heads, -1, _size(pen.node, index, kv_heads))))
+    return pen.put(
+        "Reshape", (wide, pen.integers(0, heads, -1, head_size(pen.node, index, kv_heads)))
+    )
 
 
 def _scores(pen: Pen, query: ir.Value, key: ir.Value, heads: int) -> ir.Value:

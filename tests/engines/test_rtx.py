@@ -1,0 +1,161 @@
+"""Engines of TensorRT for RTX, really built, on a machine without a GPU too."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import models
+import numpy as np
+import onnx
+import onnx.helper as oh
+import onnx.numpy_helper as onh
+import pytest
+from conftest import Outcome, token_samples
+
+from optimizer.engine_job import EngineOptions, build_file
+from optimizer.engines.child import run_build
+from optimizer.engines.plan import read_plan
+from optimizer.engines.request import BuildRequest
+from optimizer.errors import EngineError, ExportError
+from optimizer.listener import Silent
+from optimizer.model_io import save_model
+
+pytestmark = [
+    pytest.mark.tensorrt,
+    pytest.mark.skipif(
+        importlib.util.find_spec("tensorrt_rtx") is None,
+        reason="TensorRT for RTX is not installed: pip install tensorrt-rtx",
+    ),
+]
+
+
+@pytest.fixture
+def decoder(tmp_path: Path) -> Path:
+    save_model(models.build(), tmp_path / "m.onnx")
+    np.savez(tmp_path / "m.calibration.npz", **token_samples())
+    return tmp_path / "m.onnx"
+
+
+@pytest.mark.parametrize(
+    ("passes", "kinds", "capability"),
+    [
+        ("", {"float"}, 89),
+        ("fp16", {"half"}, 75),
+        ("bf16", {"bf16"}, 80),
+        ("outliertune", {"int8", "float"}, 120),
+        ("outliertune,fp16", {"int8", "half"}, 86),
+    ],
+)
+def test_every_precision(command, decoder, tmp_path, passes, kinds, capability):
+    words = ["build", decoder, "--compute-capability", capability]
+    found = command(*words, *(["--passes", passes] if passes else []))
+    assert found.code == 0, found.err
+    manifest = json.loads((tmp_path / "m.engine.manifest.json").read_text())
+    assert kinds <= set(manifest["precisions"])
+    assert manifest["compute_capabilities"] == [capability]
+    plan = read_plan(tmp_path / "m.engine")
+    assert plan.flavour == "tensorrt-rtx"
+    assert plan.version == manifest["version"]
+
+
+def test_two_builds_are_the_same_bytes(command, decoder, tmp_path):
+    for name in ("a", "b"):
+        assert command("build", decoder, "-o", tmp_path / f"{name}.engine").code == 0
+    first, second = ((tmp_path / f"{name}.engine").read_bytes() for name in "ab")
+    assert first == second
+
+
+def test_a_model_with_a_cache_and_two_profiles(command, tmp_path):
+    save_model(models.build(kv_cache=True), tmp_path / "m.onnx")
+    found = command(
+        "build", tmp_path / "m.onnx", "--shapes", "input_ids:1x1,1x16,1x64",
+        "--shapes", "input_ids:4x1", "--compute-capability", 89,
+    )  # fmt: skip
+    assert found.code == 0, found.err
+    manifest = json.loads((tmp_path / "m.engine.manifest.json").read_text())
+    assert len(manifest["profiles"]) == 2
+
+
+def test_float32_on_turing_is_refused_by_name(command, decoder, tmp_path):
+    found = command("build", decoder, "--compute-capability", 75)
+    assert found.code == 7
+    assert "FP32 GEMM is not supported" in found.err
+    assert "TensorRT built no engine at '" in found.err
+    assert not (tmp_path / "m.engine").exists()
+
+
+def small(nodes: list[onnx.NodeProto], path: Path, domain: str = "acme") -> Path:
+    value = oh.make_tensor_value_info
+    graph = oh.make_graph(
+        nodes,
+        "g",
+        [value("x", onnx.TensorProto.FLOAT, [2, 3])],
+        [value("y", onnx.TensorProto.FLOAT, [2, 3])],
+        [onh.from_array(np.ones((1, 3), np.float32), "w")],
+    )
+    imports = [oh.make_opsetid("", 18), oh.make_opsetid(domain, 1)]
+    onnx.save(oh.make_model(graph, opset_imports=imports), path)
+    return path
+
+
+def test_a_plugin_that_is_not_registered(tmp_path):
+    path = small([oh.make_node("Turn", ["x"], ["y"], name="turn", domain="acme")], tmp_path / "c")
+    custom = (("turn", "acme", "Turn"),)
+    request = BuildRequest("tensorrt-rtx", str(path), str(tmp_path / "x"), custom=custom)
+    with pytest.raises(EngineError, match="node 'turn': no plugin creates acme::Turn") as error:
+        run_build(request, Silent())
+    assert "ROIAlign_TRT" in str(error.value)
+
+
+def test_a_library_that_is_none(tmp_path, run_file):
+    path = small([oh.make_node("Add", ["x", "w"], ["y"])], tmp_path / "c.onnx")
+    wrong = tmp_path / "lib.so"
+    wrong.write_text("no library")
+    assert "it does not start as one" in run_file(path, plugins=(str(wrong),))
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    path = small([oh.make_node("Add", ["x", "w"], ["y"])], tmp_path / "c.onnx")
+    with pytest.raises(ExportError, match="No space left on device; make room"):
+        run_build(BuildRequest("tensorrt-rtx", str(path), "/dev/full"), Silent())
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Callable[..., str]:
+    """Build a file as it is and give the refusal."""
+
+    def run(path: Path, plugins: tuple[str, ...] = ()) -> str:
+        options = EngineOptions(tmp_path / "x.engine", plugins=tuple(map(Path, plugins)))
+        with pytest.raises(EngineError) as error:
+            build_file(path, "tensorrt-rtx", options)
+        assert not (tmp_path / "x.engine").exists()
+        return str(error.value)
+
+    return run
+
+
+def test_inspect_tells_what_it_needs(command: Callable[..., Outcome], decoder, tmp_path):
+    assert command("build", decoder, "--compute-capability", 89).code == 0
+    engine = tmp_path / "m.engine"
+    with_manifest = command("inspect", engine)
+    assert with_manifest.code == 0
+    assert "needs tensorrt-rtx 1." in with_manifest.out
+    assert "a GPU of 89" in with_manifest.out
+    other = tmp_path / "other.engine"
+    other.write_bytes(engine.read_bytes())
+    assert "the plan does not tell which" in command("inspect", other).out
+    (tmp_path / "other.engine.manifest.json").write_text("{}")
+    assert "is no manifest of an engine" in command("inspect", other).err
+    content = bytearray(engine.read_bytes())
+    content[-1] ^= 1
+    engine.write_bytes(content)
+    changed = command("inspect", engine)
+    assert changed.code == 7
+    assert "is not the engine that" in changed.err
+    engine.write_bytes(content[:500])
+    assert "the engine is damaged" in command("inspect", engine).err
