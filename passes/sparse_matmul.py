@@ -92,7 +92,16 @@ class SparseMatMul(GraphPass[Options]):
     name = "sparse-matmul"
     exactness = Exactness.REASSOCIATED
     Options = Options
-    after = ("canonicalize", "cqil", "sparsify", "outliertune", "fuse-concurrent")
+    after = (
+        "canonicalize",
+        "cqil",
+        "tome",
+        "crossget",
+        "prune-tokens",
+        "sparsify",
+        "outliertune",
+        "fuse-concurrent",
+    )
     emits = ((DOMAIN, OP_TYPE),)
 
     def __init__(self, options: PassOptions | None = None) -> None:
