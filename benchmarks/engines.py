@@ -125,7 +125,7 @@ def table(content: dict[str, Any]) -> str:
     lines += [
         "",
         "Size: median ratio to the engine of the untouched export, where both were built. These "
-        "models are so small that kernels, not weights, decide it. "
+        "models are very small, with random weights: the ratios say little about large ones. "
         f"{other} cells have no export; {missing} were not run.",
     ]
     return "\n".join(lines)
