@@ -1,4 +1,4 @@
-"""Which engines TensorRT for RTX builds of every family, without a GPU; size and time of each.
+"""Which engines TensorRT for RTX builds of every family, without a GPU; and the size of each.
 
     python benchmarks/engines.py --workers 2            # all cells; goes on where it stopped
     python benchmarks/engines.py --table README.md      # writes the table of the results
@@ -6,7 +6,7 @@
 A cell is a family, with or without KV cache, and a pass set. *built*: an engine. *refused*: this
 program says why it does not build (no data, a family it does not know). *failed*: TensorRT does not
 take what this program wrote, whatever its reason. The same export, untouched, is built too, for
-comparison.
+comparison. The seconds in the results are comparable only where the machine did nothing else.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def table(content: dict[str, Any]) -> str:
     rows = content["rows"]
     plain = {key(row)[:2]: row for row in rows if row["passes"] == "untouched"}
     lines = [
-        "| pass set | built | refused | failed | engine size | time |",
-        "|---|---|---|---|---|---|",
+        "| pass set | built | refused | failed | engine size |",
+        "|---|---|---|---|---|",
     ]
     for pass_set in PASS_SETS:
         own = [row for row in rows if row["passes"] == pass_set]
@@ -116,18 +116,17 @@ def table(content: dict[str, Any]) -> str:
             for row in own
             if row["outcome"] == "built" and plain.get(key(row)[:2], {}).get("outcome") == "built"
         ]
-        size, seconds = (
-            f"{statistics.median(a[what] / b[what] for a, b in pairs):.2f}" if pairs else "-"
-            for what in ("bytes", "seconds")
-        )
+        ratios = [a["bytes"] / b["bytes"] for a, b in pairs]
+        size = f"{statistics.median(ratios):.2f}" if ratios else "-"
         numbers = " | ".join(str(count[kind]) for kind in ("built", "refused", "failed"))
-        lines.append(f"| {pass_set} | {numbers} | {size} | {seconds} |")
+        lines.append(f"| {pass_set} | {numbers} | {size} |")
     missing = len(wanted(list(families.FAMILIES))) - len(rows)
     other = sum(row["outcome"] == "not exported" for row in rows)
     lines += [
         "",
-        "Size and time: median ratio to the engine of the untouched export, where both were built; "
-        f"the time holds the passes too. {other} cells have no export; {missing} were not run.",
+        "Size: median ratio to the engine of the untouched export, where both were built. These "
+        "models are very small, with random weights: the ratios say little about large ones. "
+        f"{other} cells have no export; {missing} were not run.",
     ]
     return "\n".join(lines)
 
