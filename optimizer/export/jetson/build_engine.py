@@ -136,8 +136,8 @@ def check_versions(manifest: Any) -> Tuple[Any, Any]:
         if parts(found)[:1] != parts(wanted)[:1] or parts(found)[:2] < parts(wanted)[:2]:
             fail(
                 EXIT_VERSION,
-                f"{name} {found} found, expected {wanted} or later of the same major version, as in "
-                f"JetPack {manifest['jetpack']}",
+                f"{name} {found} found, expected {wanted} or later of the same major version, as "
+                f"in JetPack {manifest['jetpack']}",
             )
         say(f"{name}: {found}")
     return tensorrt, cuda
