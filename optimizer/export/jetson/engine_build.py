@@ -194,20 +194,23 @@ def _run_builder(trt: Any, log: Any, builder: Any, network: Any, config: Any) ->
     monitor = _monitor(trt)
     config.progress_monitor = monitor
     plans: List[Any] = []
+    done = threading.Event()  # Thread.join takes a thread for ended when Ctrl-C interrupts it
 
     def work() -> None:
         try:
             plans.append(builder.build_serialized_network(network, config))
         except Exception as error:
             log.errors.append(f"{type(error).__name__}: {error}")
+        finally:
+            done.set()
 
     say("building; Ctrl-C stops it")
     thread = threading.Thread(target=work)
     thread.start()
     interrupted = False
-    while thread.is_alive():
+    while not done.is_set():
         try:
-            thread.join(0.2)
+            done.wait(0.2)
         except KeyboardInterrupt:
             interrupted = monitor.cancelled = True
     if interrupted:
