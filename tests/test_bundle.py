@@ -496,6 +496,7 @@ def test_interrupted_build_leaves_nothing(device: Callable[..., Device]) -> None
     jetson.played.interrupt = interrupt
     code, _, err = jetson.run()
     assert (code, "interrupted" in err) == (130, True)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert list(Path().iterdir()) == []
 
 

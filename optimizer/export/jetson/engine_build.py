@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -179,6 +180,10 @@ def _monitor(trt: Any) -> Any:
                 self._tell("%s: step %d" % (name, step + 1))
             return not self.cancelled
 
+        def cancel(self) -> None:
+            self.cancelled = True
+            say("stopping")
+
         def phase_finish(self, name: str) -> None:
             """Nothing is told of it."""
 
@@ -190,11 +195,11 @@ def _monitor(trt: Any) -> Any:
 
 
 def _run_builder(trt: Any, log: Any, builder: Any, network: Any, config: Any) -> bytes:
-    """In a thread, because Python sees Ctrl-C only between calls of the main one."""
+    """In a thread, because Python handles signals only between calls of the main one."""
     monitor = _monitor(trt)
     config.progress_monitor = monitor
     plans: List[Any] = []
-    done = threading.Event()  # Thread.join takes a thread for ended when Ctrl-C interrupts it
+    done = threading.Event()
 
     def work() -> None:
         try:
@@ -205,15 +210,14 @@ def _run_builder(trt: Any, log: Any, builder: Any, network: Any, config: Any) ->
             done.set()
 
     say("building; Ctrl-C stops it")
-    thread = threading.Thread(target=work)
-    thread.start()
-    interrupted = False
-    while not done.is_set():
-        try:
-            done.wait(0.2)
-        except KeyboardInterrupt:
-            interrupted = monitor.cancelled = True
-    if interrupted:
+    before = signal.signal(signal.SIGINT, lambda *_: monitor.cancel())
+    try:
+        threading.Thread(target=work).start()
+        while not done.wait(0.2):
+            pass
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if monitor.cancelled:
         raise KeyboardInterrupt
     if not plans or plans[0] is None:
         text = _because(log)
