@@ -10,6 +10,7 @@ import importlib
 import subprocess
 import sys
 import types
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,7 @@ class _Registry:
 class _Parser:
     def __init__(self, played: Played, network: Any) -> None:
         self._played, self._network = played, network
+        network.parser = weakref.ref(self)
 
     def parse_from_file(self, path: str) -> bool:
         self._network.model = onnx.load(path)
@@ -132,6 +134,7 @@ class _Builder:
         return types.SimpleNamespace(set_shape=lambda *row: self._played.seen["shapes"].append(row))
 
     def build_serialized_network(self, network: Any, config: Any) -> bytes | None:
+        assert network.parser() is not None, "the weights are the parser's"
         monitor = config.progress_monitor
         monitor.phase_start("Building", None, 2)
         for step in range(2):
@@ -172,7 +175,7 @@ class _Config:
 
 class _Engine:
     def __init__(self, played: Played, plan: bytes) -> None:
-        self._played, self._model = played, onnx.load_from_string(plan)
+        self._played, self._model = played, onnx.load_from_string(bytes(plan))
         self._names = {
             value.name: value.type.tensor_type.elem_type
             for value in (*self._model.graph.input, *self._model.graph.output)

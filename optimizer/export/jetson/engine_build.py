@@ -59,15 +59,7 @@ def build(
         KeyboardInterrupt: Ctrl-C, after the builder has stopped.
     """
     log = _logger(trt)
-    builder = trt.Builder(log)  # before the registry is used, whose errors are lost otherwise
-    trt.init_libnvinfer_plugins(log, "")
-    if library is not None:
-        _load_plugin(trt, log, library, manifest["creator"])
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    _parse(trt, log, network, os.path.join(folder, "model.onnx"))
-    config = _configure(trt, builder, manifest, options, workspace)
-    plan = _run_builder(trt, log, builder, network, config)
-    _save_cache(config, options.timing_cache)
+    plan = _plan(trt, log, folder, manifest, options, workspace, library)
     differences = _checked(trt, cuda, log, folder, manifest, options, plan)
     content = {
         "bundle": manifest,
@@ -82,7 +74,31 @@ def build(
     text = json.dumps(content, indent=1, sort_keys=True) + "\n"
     _write(options.output + ".manifest.json", text.encode("utf-8"))
     _write(options.output, plan)
-    say(f"wrote {options.output} ({len(plan) / 2**20:.1f} MiB)")
+    say(f"wrote {options.output} ({plan.nbytes / 2**20:.1f} MiB)")
+
+
+def _plan(
+    trt: Any,
+    log: Any,
+    folder: str,
+    manifest: Any,
+    options: Any,
+    workspace: int,
+    library: Optional[str],
+) -> memoryview:
+    """The serialized engine; the model and the builder are given up at the end."""
+    builder = trt.Builder(log)  # before the registry is used, whose errors are lost otherwise
+    trt.init_libnvinfer_plugins(log, "")
+    if library is not None:
+        _load_plugin(trt, log, library, manifest["creator"])
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)  # holds the weights until the engine is built
+    _parse(log, parser, os.path.join(folder, "model.onnx"))
+    config = _configure(trt, builder, manifest, options, workspace)
+    plan = _run_builder(trt, log, builder, network, config)
+    _save_cache(config, options.timing_cache)
+    del parser
+    return plan
 
 
 def _logger(trt: Any) -> Any:
@@ -122,9 +138,8 @@ def _load_plugin(trt: Any, log: Any, path: str, creator: Any) -> None:
         )
 
 
-def _parse(trt: Any, log: Any, network: Any, path: str) -> None:
+def _parse(log: Any, parser: Any, path: str) -> None:
     say(f"parsing {path}")
-    parser = trt.OnnxParser(network, log)
     if parser.parse_from_file(path):
         return
     found = []
@@ -194,7 +209,7 @@ def _monitor(trt: Any) -> Any:
     return Monitor()
 
 
-def _run_builder(trt: Any, log: Any, builder: Any, network: Any, config: Any) -> bytes:
+def _run_builder(trt: Any, log: Any, builder: Any, network: Any, config: Any) -> memoryview:
     """In a thread, because Python handles signals only between calls of the main one."""
     monitor = _monitor(trt)
     config.progress_monitor = monitor
@@ -223,7 +238,7 @@ def _run_builder(trt: Any, log: Any, builder: Any, network: Any, config: Any) ->
         text = _because(log)
         code = ROOM if "out of memory" in text.lower() or "outofmemory" in text.lower() else ENGINE
         raise BuildError(code, f"the builder made no engine:{text}")
-    return bytes(plans[0])
+    return memoryview(plans[0])
 
 
 def _save_cache(config: Any, path: str) -> None:
@@ -233,7 +248,7 @@ def _save_cache(config: Any, path: str) -> None:
 
 
 def _checked(
-    trt: Any, cuda: Any, log: Any, folder: str, manifest: Any, options: Any, plan: bytes
+    trt: Any, cuda: Any, log: Any, folder: str, manifest: Any, options: Any, plan: memoryview
 ) -> Any:
     """What was found for each output, or None where nothing is to be checked."""
     table = manifest["samples"]
@@ -269,7 +284,7 @@ def _checked(
     return [row._asdict() for row in rows]
 
 
-def _write(path: str, content: bytes) -> None:
+def _write(path: str, content: Any) -> None:
     """Under a temporary name, then renamed."""
     made = "%s.%d.tmp" % (path, os.getpid())
     try:
