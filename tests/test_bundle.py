@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import ml_dtypes
+import models
 import numpy as np
 import onnx
 import onnx_ir as ir
+import outlier_cases
 import played_tensorrt
 import pytest
 import rule_case
@@ -40,6 +42,7 @@ from optimizer.export.support import check_supported
 from optimizer.legalize import legalize
 from optimizer.pass_base import Context
 from passes.fp16 import Fp16
+from passes.outliertune import OutlierTune
 from passes.sparse_matmul import Options, SparseMatMul
 
 PROFILES = ({"x": ((1, 3, 64), (2, 3, 64), (4, 3, 64))},)
@@ -143,6 +146,65 @@ def test_bundle_with_the_plugin(tmp_path: Path) -> None:
     assert "--staticPlugins=" in done.stdout
 
 
+#: Builds with TensorRT for RTX in place of TensorRT, whose Python API it shares as far as a bundle
+#: goes. The wheel's libraries lack the names that TensorRT looks for when it meets a plugin.
+RTX = """
+import argparse, ctypes, importlib.util, json, pathlib, sys, tempfile
+
+folder, library, output = sys.argv[1:]
+site = pathlib.Path(importlib.util.find_spec("tensorrt_rtx").origin).parent.parent
+links = pathlib.Path(tempfile.mkdtemp())
+for path in site.glob("tensorrt_rtx*/**/lib*.so*"):
+    for name in {path.name, path.name.split(".so")[0] + ".so"}:
+        (links / name).symlink_to(path)
+for name in ("libtensorrt_rtx.so", "libtensorrt_onnxparser_rtx.so"):
+    ctypes.CDLL(str(links / name), mode=ctypes.RTLD_GLOBAL)
+import tensorrt_rtx
+sys.path.insert(0, folder)
+import engine_build
+
+class Cuda:
+    def version(self):
+        return "12.6"
+
+options = argparse.Namespace(level=3, timing_cache=output + ".cache", output=output, no_check=True)
+manifest = json.loads(pathlib.Path(folder, "manifest.json").read_text())
+try:
+    words = folder, manifest, options, 256 << 20, library or None
+    engine_build.build(tensorrt_rtx, Cuda(), *words)
+except engine_build.BuildError as error:
+    sys.exit(f"{error.code}: {error}")
+"""
+
+
+def built_with_rtx(folder: Path, library: str = "") -> tuple[bytes, str]:
+    """The engine, empty where there is none, and what was said."""
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        pytest.skip("TensorRT for RTX is not installed: pip install tensorrt-rtx")
+    output = folder.parent / "rtx.engine"
+    output.unlink(missing_ok=True)
+    run = subprocess.run(
+        [sys.executable, "-c", RTX, folder, library, output],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return output.read_bytes() if output.exists() else b"", run.stdout + run.stderr
+
+
+@pytest.mark.tensorrt
+def test_a_real_builder_makes_the_engine(tmp_path: Path) -> None:
+    folder = written(tmp_path / "b")
+    first, said = built_with_rtx(folder)
+    assert first, said
+    assert "steps)" in said, "the monitor was called"
+    assert built_with_rtx(folder)[0] == first
+    model = dense()
+    model.graph[0].replace_input_with(1, model.graph.inputs[0])  # [B, 3, 64] x [B, 3, 64]
+    made, said = built_with_rtx(written(tmp_path / "wrong", model, samples=None, expected=None))
+    assert not made
+    assert "7: the parser refused the model" in said
+    assert "node '" in said
+
+
 @pytest.mark.tensorrt
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc on the PATH")
 def test_sources_of_a_bundle_become_the_plugin(
@@ -154,14 +216,19 @@ def test_sources_of_a_bundle_become_the_plugin(
     script = played_tensorrt.script(folder, monkeypatch)
     library = tmp_path / "liboptimize_tensorrt.so"
     script.build_plugin(str(folder), script.read_manifest(str(folder)), str(library))
-    tool = shutil.which("nm")
-    if tool is not None:
-        run = subprocess.run(
-            [tool, "-D", "--defined-only", library], capture_output=True, text=True, check=True
-        )
+    assert [p.name for p in tmp_path.glob("*.tmp")] == []
+    if tool := shutil.which("nm"):
+        command = [tool, "-D", "--defined-only", str(library)]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
         exports = {line.split()[-1] for line in run.stdout.splitlines()}
         assert exports == {"setLoggerFinder", "getCreators"}
-    assert [p.name for p in tmp_path.glob("*.tmp")] == []
+    made, said = built_with_rtx(folder, str(library))
+    assert made, said
+    (tmp_path / "empty.so").write_bytes(b"")
+    made, said = built_with_rtx(folder, str(tmp_path / "empty.so"))
+    assert not made
+    assert "7: plugin: " in said
+    assert "could not be loaded" in said
 
 
 @pytest.mark.parametrize("name", ["model.onnx.data", "samples.npz", "build_engine.py"])
@@ -565,3 +632,29 @@ def test_measures_of_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "bad.npz").write_bytes(b"no archive")
     with pytest.raises(check.CheckError, match="cannot be read"):
         check.read_samples(str(tmp_path / "bad.npz"))
+
+
+STYLES: dict[str, dict[str, Any]] = {
+    "grouped, rotary": {},
+    "cache": {"kv_cache": True},
+    "encoder": {"style": "post-norm", "norm": "layer", "gated": False, "activation": "gelu",
+                "rotary": False, "bias": True},
+    "gelu-tanh": {"activation": "gelu-tanh", "style": "parallel"},
+    "dynamic tanh": {"norm": "tanh", "activation": "quick-gelu"},
+    "experts": {"experts": 4, "rotary": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("style", STYLES)
+def test_what_is_lowered_for_jetson_is_taken(style: str, kind: str) -> None:
+    config = models.Config(**STYLES[style])
+    model = models.build(config)
+    if kind == "float16":
+        Fp16().call(model, Context(target="jetson"))
+    if kind == "int8":
+        data = outlier_cases.calibration(model, config)
+        report = OutlierTune().call(model, Context(target="jetson", calibration=data))
+        assert report.applied
+    legalize(model, "jetson")
+    check_supported(model)

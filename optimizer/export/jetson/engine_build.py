@@ -92,6 +92,7 @@ def _plan(
     if library is not None:
         _load_plugin(trt, log, library, manifest["creator"])
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    network.name = "model"  # else its number in this process becomes part of the engine
     parser = trt.OnnxParser(network, log)  # holds the weights until the engine is built
     _parse(log, parser, os.path.join(folder, "model.onnx"))
     config = _configure(trt, builder, manifest, options, workspace)
