@@ -641,7 +641,6 @@ STYLES: dict[str, dict[str, Any]] = {
                 "rotary": False, "bias": True},
     "gelu-tanh": {"activation": "gelu-tanh", "style": "parallel"},
     "dynamic tanh": {"norm": "tanh", "activation": "quick-gelu"},
-    "experts": {"experts": 4, "rotary": False},
 }  # fmt: skip
 
 
