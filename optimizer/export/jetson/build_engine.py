@@ -35,7 +35,7 @@ CODES = """exit codes:
   3    the engine is not kept: its outputs are not those of the samples
   6    another JetPack, TensorRT or CUDA than the bundle needs, or a part of it is missing
   7    the plugin or the engine could not be built
-  130  interrupted; nothing was written
+  130  interrupted; no engine was written
 """
 RELEASE, MEMORY = "/etc/nv_tegra_release", "/proc/meminfo"
 CUDART = ("libcudart.so.{0}", "/usr/local/cuda/lib64/libcudart.so.{0}", "libcudart.so")
@@ -269,13 +269,13 @@ def main(words: Optional[Sequence[str]] = None) -> int:
         sys.stderr.write(f"build_engine: {error}\n")
         return error.code
     except KeyboardInterrupt:
-        sys.stderr.write("build_engine: interrupted; nothing was written\n")
+        sys.stderr.write("build_engine: interrupted; no engine was written\n")
         return EXIT_INTERRUPTED
     except MemoryError:
         sys.stderr.write("build_engine: out of memory; end other programs or add swap\n")
         return EXIT_ROOM
     except OSError as error:
-        sys.stderr.write(f"build_engine: {error}; nothing was written\n")
+        sys.stderr.write(f"build_engine: {error}; no engine was written\n")
         return EXIT_ROOM
     return 0
 
