@@ -9,8 +9,8 @@ Applies when: 1. a layer with attention before the MLP and the same number of to
               more tokens are not protected (class, distillation and register tokens are).
 Exactness:    approximate: tokens that are merged are no longer told apart. Of equal tokens it is
               exact: attention to one of size s is attention to s equal ones.
-Cost:         matching compares N^2/4 pairs of c numbers. What is saved is r of N tokens per layer, and
-              all of the layers behind (benchmarks/results/tokens.json).
+Cost:         matching compares N^2/4 pairs of c numbers. What is saved is r of N tokens per layer,
+              and all of the layers behind (benchmarks/results/tokens.json).
 Source:       ToMe (arXiv 2210.09461). Protected tokens are left out of both sets, which is what its
               scores of minus infinity do. Padding has size 0: it is merged first, and adds nothing.
 """

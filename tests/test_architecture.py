@@ -41,7 +41,7 @@ LAYERS = [
         "token_picture "
         "comparison divergence judges command_judge stages shares bisection "
         "conformance",
-        "progress job bisect_job api engine_job engine_inspection cli __main__",
+        "progress job bisect_job api engine_job bundle_job engine_inspection cli __main__",
     )
 ]
 #: Where these may be imported; everything else works without them.
@@ -50,7 +50,7 @@ RUNTIMES = {
     "torch": ("optimizer/frontends/",),
     "transformers": ("optimizer/frontends/",),
     "onnxscript": ("optimizer/frontends/",),
-    "tensorrt": ("optimizer/runners/", "optimizer/engines/"),
+    "tensorrt": ("optimizer/runners/", "optimizer/engines/", "optimizer/export/jetson/"),
     "onnx_graphsurgeon": ("optimizer/graphsurgeon/",),
     "click": ("optimizer/cli/",),
     "rich": ("optimizer/cli/", "optimizer/progress.py"),

@@ -65,14 +65,26 @@ engine_options = combine(
 @engine_options
 @memory_option
 @click.option(
-    "-o", "--output", type=FILE, metavar="FILE", help="[default: MODEL.engine beside MODEL]"
+    "--jetpack",
+    metavar="VERSION",
+    help="Of the Jetson that --target jetson is for.  [default: 6.2]",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=FILE,
+    metavar="FILE",
+    help="[default: MODEL.engine beside MODEL; for a Jetson the folder MODEL.bundle]",
 )
 @click.option("--force", is_flag=True, help="Replace an existing output, never the input.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 @click.option("-v", "--verbose", is_flag=True, help="Print details and tracebacks.")
 def build_command(model: str, **options: Any) -> int:
-    """Optimize MODEL for --target (tensorrt-rtx, tensorrt) and build an engine of it."""
+    """Optimize MODEL for --target (tensorrt-rtx, tensorrt) and build an engine of it.
+
+    For --target jetson: write a folder that has all it takes to build the engine on the device.
+    """
     from optimizer.cli import screen
     from optimizer.engine_job import EngineOptions, build_model
     from optimizer.progress import start_listening
@@ -81,6 +93,11 @@ def build_command(model: str, **options: Any) -> int:
     passes = ",".join(options.pop("passes"))
     target = options.pop("target") or "tensorrt-rtx"
     own = pop_engine_options(options)
+    jetpack = options.pop("jetpack")
+    if target == "jetson":
+        return _bundle(model, passes, jetpack, own, options, quiet=quiet, as_json=as_json)
+    if jetpack is not None:
+        raise click.UsageError("--jetpack is for --target jetson; leave it out")
     output = options.pop("output") or default_output(model)
     engine = EngineOptions(
         output, force=options.pop("force"), max_memory=options["max_memory"], **own
@@ -92,6 +109,39 @@ def build_command(model: str, **options: Any) -> int:
         screen.print_json({"files": [str(item) for item in made.files], **made.manifest})
     elif not quiet:
         print_engine(made.manifest, made.files)
+    return EXIT_DONE
+
+
+def _bundle(
+    model: str, passes: str, jetpack: str | None, own: dict[str, Any], options: dict[str, Any], *,
+    quiet: bool, as_json: bool,
+) -> int:  # fmt: skip
+    from optimizer.bundle_job import build_bundle
+    from optimizer.cli import screen
+    from optimizer.progress import start_listening
+
+    useless = [key for key, value in own.items() if value and key != "shapes"]
+    if useless:
+        name = {"capabilities": "compute-capability", "plugins": "plugin"}.get(
+            useless[0], useless[0]
+        )
+        msg = f"--{name.replace('_', '-')}: a bundle's engine is built on the device; leave it out"
+        raise click.UsageError(msg)
+    folder = options.pop("output") or default_output(model).with_suffix(".bundle")
+    force = options.pop("force")
+    given = {key: value for key, value in options.items() if value is not None}
+    with start_listening(quiet=quiet or as_json, verbose=False) as listener:
+        made = build_bundle(
+            model, passes, folder, jetpack=jetpack or "6.2", shapes=own["shapes"], force=force,
+            listener=listener, **given,
+        )  # fmt: skip
+    if as_json:
+        screen.print_json({"bundle": str(folder), "files": [str(path) for path in made.files]})
+    elif not quiet:
+        click.echo(f"wrote {folder} ({len(made.files)} files)")
+        click.echo(
+            f"next: copy it to the device, and there: cd {folder.name} && python3 build_engine.py"
+        )
     return EXIT_DONE
 
 
