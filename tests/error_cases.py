@@ -502,7 +502,7 @@ def _without_tensorrt(place: Place) -> Words:
     hidden = place.folder / "tensorrt"
     hidden.mkdir()
     (hidden / "__init__.py").write_text("raise ImportError('libnvinfer.so.11 is missing')")
-    place.patch.setenv("PYTHONPATH", f"{place.folder}{os.pathsep}{os.environ['PYTHONPATH']}")
+    place.patch.setenv("PYTHONPATH", f"{place.folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     return ["build", place.small, "--target", "tensorrt"]
 
 

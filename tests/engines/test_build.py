@@ -150,7 +150,7 @@ def test_a_timing_cache_of_another_gpu(command, fake, model, tmp_path):
     ("words", "code", "says"),
     [
         (("--target", "ort-cpu"), 2, "'ort-cpu' has no engines"),
-        (("--target", "jetson"), 2, "built on the device"),
+        (("--target", "jetson", "--plugin", "p.so"), 2, "built on the device"),
         (("--target", "tensorrt", "--compute-capability", 80), 2, "for the GPU of this machine"),
         (("--timing-cache", "c"), 2, "TensorRT for RTX does not have it"),
         (("--hardware-compatible",), 2, "TensorRT for RTX does not have it"),
