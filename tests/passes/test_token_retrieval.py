@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import digit_captions
 import numpy as np
@@ -61,3 +62,21 @@ def test_a_caption_is_found_by_its_own_embedding() -> None:
     turned = digit_captions.recalls(embedded[[1, 0, 1]], embedded, names)
     assert turned["image_to_text_1"] == 0
     assert turned["image_to_text_5"] == 1
+
+
+def test_the_readme_shows_what_is_recorded() -> None:
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text("utf-8")
+    assert tokens_retrieval.markdown(RECORDED["rows"]) in text
+
+
+def test_tome_gets_as_many_multiplications_as_crossget_where_that_is_said() -> None:
+    rows = {(r["method"], r["keep"]): r for r in RECORDED["rows"]}
+    for keep in (0.75, 0.5, 0.35):
+        ours, dear = rows["crossget", keep], rows["tome, as dear as crossget", keep]
+        assert (
+            rows["tome", keep]["removed"]
+            == ours["removed"]
+            == rows["prune-tokens", keep]["removed"]
+        )
+        # one token of 65, from the first layer on
+        assert ours["in_all"] - 1 / 65 <= dear["in_all"] <= ours["in_all"]
