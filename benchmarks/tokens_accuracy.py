@@ -1,6 +1,6 @@
 """What removing tokens costs in accuracy, on models that ship, in one command.
 
-    python benchmarks/tokens_accuracy.py [--keep 0.75 0.5 0.35] [--copies 5]
+    python benchmarks/tokens_accuracy.py [--keep 0.75 0.5 0.35] [--copies 3]
 
 digits-vit   eight layers, trained by train_digits_vit.py: accuracy on test digits that neither
              training nor the search has seen, each placed ``--copies`` times. ``multiplications``
@@ -102,7 +102,7 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--keep", nargs="+", type=float, default=[0.75, 0.5, 0.35])
-    parser.add_argument("--copies", type=int, default=5)
+    parser.add_argument("--copies", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     model = canonical(digits.HOME / "digits-vit.onnx")

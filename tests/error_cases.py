@@ -502,7 +502,8 @@ def _without_tensorrt(place: Place) -> Words:
     hidden = place.folder / "tensorrt"
     hidden.mkdir()
     (hidden / "__init__.py").write_text("raise ImportError('libnvinfer.so.11 is missing')")
-    place.patch.setenv("PYTHONPATH", f"{place.folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    before = os.environ.get("PYTHONPATH", "")
+    place.patch.setenv("PYTHONPATH", f"{place.folder}{os.pathsep}{before}")
     return ["build", place.small, "--target", "tensorrt"]
 
 
