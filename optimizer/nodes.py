@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import onnx_ir as ir
 
@@ -56,6 +56,35 @@ def users(value: ir.Value, *op_types: str) -> Iterator[ir.Node]:
     """The standard nodes of these types that read ``value``, each once, in order of use."""
     nodes = dict.fromkeys(use.node for use in value.uses())
     return (n for n in nodes if n.op_type in op_types and n.domain == "")
+
+
+def ancestors(
+    value: ir.Value, stop: Collection[str] = ()
+) -> tuple[tuple[ir.Node, ...], tuple[ir.Value, ...], tuple[ir.Value, ...]]:
+    """What ``value`` is computed from: nodes, graph inputs, and values where the walk ended.
+
+    Args:
+        value: Where it begins.
+        stop: Operators whose own inputs are not followed, but returned last.
+    """
+    nodes: dict[ir.Node, None] = {}
+    inputs: dict[ir.Value, None] = {}
+    ends: dict[ir.Value, None] = {}
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        node = item.producer()
+        if node is None:
+            if item.is_graph_input():
+                inputs[item] = None
+        elif node not in nodes:
+            nodes[node] = None
+            values = [v for v in node.inputs if v is not None]
+            if node.op_type in stop:
+                ends.update(dict.fromkeys(values))
+            else:
+                stack.extend(values)
+    return tuple(nodes), tuple(inputs), tuple(ends)
 
 
 def by_constant(node: ir.Node) -> tuple[ir.Value, float | int] | None:

@@ -20,6 +20,15 @@ from typing import Literal
 Precision = Literal["fp32", "int8"]
 #: What was measured: a precision on a CPU, a layout of ``optimizer.custom_ops`` on a GPU.
 Kind = Literal["fp32", "int8", "mma16", "mma8", "sp16", "sp8"]
+#: By layout.
+KINDS: dict[str, Kind] = {
+    "n64k1": "fp32",
+    "n16k4": "int8",
+    "mma16": "mma16",
+    "mma8": "mma8",
+    "sp16": "sp16",
+    "sp8": "sp8",
+}
 
 _AVX512 = ("avx512_vnni", "avx512vbmi", "avx512_vbmi2", "avx512bw", "avx512vl", "avx512dq")
 #: From the most capable on. A machine is of the first class whose flags it has.
@@ -84,13 +93,6 @@ def machine_class(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     wanted = os.environ.get("OPTIMIZE_ISA")
     name = wanted if wanted in able else able[0]
     return "other" if name == "avx2" and flags & _BEYOND_AVX2 else name
-
-
-def kind_of(layout: str) -> Kind:
-    """What was measured of a layout of ``optimizer.custom_ops``."""
-    kinds: dict[str, Kind] = {"n64k1": "fp32", "n16k4": "int8"}
-    others: dict[str, Kind] = {"mma16": "mma16", "mma8": "mma8", "sp16": "sp16", "sp8": "sp8"}
-    return (kinds | others)[layout]
 
 
 def refusal(

@@ -116,12 +116,11 @@ def _for_device(layer: Layer, device: str) -> Layer | str:
 
 
 def _in_pairs(layer: Layer) -> bool:
-    weight = graphs.const(layer.codes or layer.linear.weight)
     try:
-        check_24(np.empty((0, 0)) if weight is None else weight)
+        check_24(_weight(layer))
     except ValueError:
         return False
-    return weight is not None
+    return True
 
 
 def _float_at(node: ir.Node, precision: str) -> Layer | str | None:
@@ -312,14 +311,20 @@ def _with_activation(layer: Layer, opset: int) -> Layer:
     return layer
 
 
-def shape_of(layer: Layer) -> tuple[int, int]:
-    """[K, N] of the weight."""
+def _weight(layer: Layer) -> np.ndarray:
+    """[K, N]: the codes, of a layer that is int8 already."""
     weight = graphs.const(layer.codes or layer.linear.weight)
     assert weight is not None  # noqa: S101 - a layer has a constant weight
-    return weight.shape[0], weight.shape[1]
+    return weight
+
+
+def shape_of(layer: Layer) -> tuple[int, int]:
+    """[K, N] of the weight."""
+    k, n = _weight(layer).shape
+    return k, n
 
 
 def measured_density(layer: Layer) -> float:
     """Share of the weights that is not zero."""
-    weight = graphs.const(layer.codes or layer.linear.weight)
-    return 0.0 if weight is None or not weight.size else float(np.mean(weight != 0))
+    weight = _weight(layer)
+    return float(np.mean(weight != 0)) if weight.size else 0.0

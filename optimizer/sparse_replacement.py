@@ -9,15 +9,9 @@ import onnx_ir as ir
 
 from optimizer import graph as graphs
 from optimizer.arrays import contiguous_copy
+from optimizer.custom_ops.bodies import add_body
 from optimizer.custom_ops.cuda_layout import LAYOUT_CODES, most_values, pack_cuda
-from optimizer.custom_ops.declaration import (
-    DOMAIN,
-    OP_TYPE,
-    VERSION,
-    body,
-    declaration_hash,
-    overload,
-)
+from optimizer.custom_ops.declaration import DOMAIN, OP_TYPE, VERSION, declaration_hash
 from optimizer.custom_ops.packing import pack
 from optimizer.nodes import operand
 from optimizer.sparse_layers import Layer
@@ -65,10 +59,11 @@ def replace(model: ir.Model, layer: Layer) -> int:
         dtype=layer.dtype, shape=layer.output.shape,
     )  # fmt: skip
     node = output.producer()
-    if node is not None:
-        node.overload = overload(layout, layer.activation, len(inputs))
+    assert node is not None  # noqa: S101 - just inserted
+    add_body(model, node)
+    model.graph.opset_imports.setdefault(DOMAIN, VERSION)
+    model.ir_version = max(model.ir_version, 10)  # the first with overloads
     graphs.replace_value(layer.output, output, keep_name=True)
-    define(model, layout, layer.activation, len(inputs))
     return packed.nbytes
 
 
@@ -95,12 +90,3 @@ def _numbers(layer: Layer) -> tuple[np.ndarray, np.ndarray | None]:
     top = np.abs(weight).max(axis=0)
     scale = np.where(top > 0, top / 127, 1).astype(np.float32)
     return np.rint(weight / scale).astype(np.int8), scale
-
-
-def define(model: ir.Model, layout: str, activation: str, inputs: int) -> None:
-    """Add the body of a form of the operator to the model's functions."""
-    opset = model.graph.opset_imports.get("", 23)
-    function = body(layout, activation, inputs, opset)
-    model.functions.setdefault(function.identifier(), function)
-    model.graph.opset_imports.setdefault(DOMAIN, VERSION)
-    model.ir_version = max(model.ir_version, 10)  # the first with overloads

@@ -36,6 +36,7 @@ from optimizer.tokens.emit import Emitter, State
 from optimizer.tokens.graph_matching import Line
 from optimizer.tokens.matching import normalized, padding_of
 from optimizer.tokens.merging import merge
+from optimizer.tokens.rewrite import Method
 from optimizer.tokens.towers import Tower
 
 
@@ -56,7 +57,7 @@ class Options(TokenOptions):
 
 
 @dataclass(frozen=True)
-class Complete:
+class Complete(Method):
     """Complete-graph soft matching.
 
     Attributes:
@@ -122,10 +123,6 @@ class CrossGet(TokenPass[Options]):
         more = (guidance,) if isinstance(guidance, int) else ()
 
         def make(tower: Tower) -> Complete:
-            if isinstance(guidance, int) and -tower.count <= guidance < tower.count:
-                return Complete(by_index, tower.protected.index(guidance % tower.count), ensemble)
-            return Complete(
-                by_index, 0 if guidance == "auto" and tower.protected else None, ensemble
-            )
+            return Complete(by_index, tower.guide(guidance), ensemble)
 
         return self.reduce(model, context, make, ordered=True, protect=more)

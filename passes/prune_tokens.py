@@ -29,6 +29,7 @@ from optimizer.tokens.driver import TokenOptions, TokenPass
 from optimizer.tokens.emit import Emitter, State
 from optimizer.tokens.fusing import fuse_by_index, fused_rows, received
 from optimizer.tokens.merging import merge
+from optimizer.tokens.rewrite import Method
 from optimizer.tokens.towers import Tower
 
 
@@ -46,7 +47,7 @@ class Options(TokenOptions):
 
 
 @dataclass(frozen=True)
-class Received:
+class Received(Method):
     """Choice by attention received.
 
     Attributes:
@@ -60,11 +61,6 @@ class Received:
     def limit(self, count: int, protected: tuple[int, ...]) -> int:
         """The most tokens that one reduction can take from ``count``: all become one."""
         return max(count - len(protected) - 1, 0)
-
-    def fault(self, count: int, protected: tuple[int, ...]) -> str | None:
-        """Why a tower with these protected tokens is left alone."""
-        del count, protected
-        return None
 
     def reduce(
         self, pen: Emitter, block: Block, x: ir.Value, state: State, r: int
@@ -89,8 +85,6 @@ class PruneTokens(TokenPass[Options]):
         more = (guidance,) if isinstance(guidance, int) else ()
 
         def make(tower: Tower) -> Received:
-            if isinstance(guidance, int) and -tower.count <= guidance < tower.count:
-                return Received(by_index, tower.protected.index(guidance % tower.count))
-            return Received(by_index, 0 if guidance == "auto" and tower.protected else None)
+            return Received(by_index, tower.guide(guidance))
 
         return self.reduce(model, context, make, protect=more)

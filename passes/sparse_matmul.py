@@ -158,7 +158,7 @@ class SparseMatMul(GraphPass[Options]):
                 "whether it is faster depends on the GPU that will run it: name it with machine= "
                 f"(measured: {', '.join(sparse_cost.GPUS)}), or give force=true"
             )
-        kind = sparse_cost.kind_of(layer.layout)
+        kind = sparse_cost.KINDS[layer.layout]
         return sparse_cost.refusal(machine, kind, shape_of(layer), tokens, density)
 
 

@@ -27,6 +27,7 @@ from optimizer.tokens.driver import TokenOptions, TokenPass
 from optimizer.tokens.emit import Emitter, State
 from optimizer.tokens.matching import Sides, gathered, head_mean, padding_of, positioned
 from optimizer.tokens.merging import merge
+from optimizer.tokens.rewrite import Method
 
 
 class Options(TokenOptions):
@@ -34,7 +35,7 @@ class Options(TokenOptions):
 
 
 @dataclass(frozen=True)
-class Bipartite:
+class Bipartite(Method):
     """Bipartite soft matching.
 
     Attributes:
@@ -46,11 +47,6 @@ class Bipartite:
     def limit(self, count: int, protected: tuple[int, ...]) -> int:
         """The most tokens that one reduction can take from ``count``."""
         return Sides(count, protected).limit
-
-    def fault(self, count: int, protected: tuple[int, ...]) -> str | None:
-        """Why a tower with these protected tokens is left alone."""
-        del count, protected
-        return None
 
     def reduce(
         self, pen: Emitter, block: Block, x: ir.Value, state: State, r: int

@@ -147,19 +147,15 @@ def test_bundle_with_the_plugin(tmp_path: Path) -> None:
 
 
 #: Builds with TensorRT for RTX in place of TensorRT, whose Python API it shares as far as a bundle
-#: goes. The wheel's libraries lack the names that TensorRT looks for when it meets a plugin.
+#: goes.
 RTX = """
-import argparse, ctypes, importlib.util, json, pathlib, sys, tempfile
+import argparse, json, pathlib, sys
 
-folder, library, output = sys.argv[1:]
-site = pathlib.Path(importlib.util.find_spec("tensorrt_rtx").origin).parent.parent
-links = pathlib.Path(tempfile.mkdtemp())
-for path in site.glob("tensorrt_rtx*/**/lib*.so*"):
-    for name in {path.name, path.name.split(".so")[0] + ".so"}:
-        (links / name).symlink_to(path)
-for name in ("libtensorrt_rtx.so", "libtensorrt_onnxparser_rtx.so"):
-    ctypes.CDLL(str(links / name), mode=ctypes.RTLD_GLOBAL)
-import tensorrt_rtx
+root, folder, library, output = sys.argv[1:]
+sys.path[:0] = [root]
+from optimizer.engines.flavours import flavour_of
+from optimizer.engines.library import import_tensorrt
+tensorrt_rtx = import_tensorrt(flavour_of("tensorrt-rtx"))
 sys.path.insert(0, folder)
 import engine_build
 
@@ -184,7 +180,7 @@ def built_with_rtx(folder: Path, library: str = "") -> tuple[bytes, str]:
     output = folder.parent / "rtx.engine"
     output.unlink(missing_ok=True)
     run = subprocess.run(
-        [sys.executable, "-c", RTX, folder, library, output],
+        [sys.executable, "-c", RTX, Path(__file__).parent.parent, folder, library, output],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     return output.read_bytes() if output.exists() else b"", run.stdout + run.stderr

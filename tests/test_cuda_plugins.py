@@ -143,21 +143,15 @@ def model(**changes: object) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=imports, ir_version=10)
 
 
-#: In a process of its own, since TensorRT aborts on some mistakes. The wheel's libraries lack the
-#: names that TensorRT looks for.
+#: In a process of its own, since TensorRT aborts on some mistakes.
 BUILD = """
-import ctypes, hashlib, pathlib, sys, tempfile
-import importlib.util
+import hashlib, pathlib, sys
 
-model, plugin = sys.argv[1:]
-site = pathlib.Path(importlib.util.find_spec("tensorrt_rtx").origin).parent.parent
-links = pathlib.Path(tempfile.mkdtemp())
-for path in site.glob("tensorrt_rtx*/**/lib*.so*"):
-    for name in {path.name, path.name.split(".so")[0] + ".so"}:
-        (links / name).symlink_to(path)
-for name in ("libtensorrt_rtx.so", "libtensorrt_onnxparser_rtx.so"):
-    ctypes.CDLL(str(links / name), mode=ctypes.RTLD_GLOBAL)
-import tensorrt_rtx as trt
+root, model, plugin = sys.argv[1:]
+sys.path[:0] = [root]
+from optimizer.engines.flavours import flavour_of
+from optimizer.engines.library import import_tensorrt
+trt = import_tensorrt(flavour_of("tensorrt-rtx"))
 
 logger = trt.Logger(trt.Logger.ERROR)
 builder = trt.Builder(logger)
@@ -189,8 +183,9 @@ def build_engine(proto: onnx.ModelProto, built: Path, folder: Path) -> tuple[lis
     if importlib.util.find_spec("tensorrt_rtx") is None:
         pytest.skip("TensorRT for RTX is not installed: pip install tensorrt-rtx")
     onnx.save(proto, folder / "model.onnx")
+    plugin = built / "liboptimize_tensorrt.so"
     run = subprocess.run(
-        [sys.executable, "-c", BUILD, "model.onnx", str(built / "liboptimize_tensorrt.so")],
+        [sys.executable, "-c", BUILD, ROOT, "model.onnx", plugin],
         capture_output=True, text=True, check=False, cwd=folder,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr

@@ -21,6 +21,24 @@ def operators(model: ir.Model) -> list[ir.Node]:
     return [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, OP_TYPE)]
 
 
+def add_body(model: ir.Model, node: ir.Node, *, decoded: bool = False) -> None:
+    """Let a node of the operator call its body, and the model have it.
+
+    Args:
+        model: Has the node.
+        node: Has the operator's attributes.
+        decoded: Whether the weight itself comes in the place of the bitmap.
+
+    Raises:
+        ValueError: The operator has no such form.
+    """
+    layout, activation = (node.attributes.get_string(n, "") for n in ("layout", "activation"))
+    opset = model.graph.opset_imports.get("", 23)
+    function = body(layout, activation, len(node.inputs), opset, decoded=decoded)
+    node.overload = function.overload
+    model.functions.setdefault(function.identifier(), function)
+
+
 def restore_bodies(model: ir.Model) -> None:
     """Add what is missing.
 
@@ -28,22 +46,17 @@ def restore_bodies(model: ir.Model) -> None:
         UnsupportedError: Another version of this program declared the operator otherwise.
     """
     for node in operators(model):
-        attributes = node.attributes
         if node.op_identifier() in model.functions:
             continue
-        declared = attributes.get_int("declaration", 0)
+        declared = node.attributes.get_int("declaration", 0)
         if declared != declaration_hash():
             raise UnsupportedError(
                 f"node '{node.name}' was written for declaration {declared} of {DOMAIN}.{OP_TYPE}, "
                 f"expected {declaration_hash()}; make the file again from its source with this "
                 "version, or use the version that made it"
             )
-        layout, activation = (attributes.get_string(n, "") for n in ("layout", "activation"))
-        opset = model.graph.opset_imports.get("", 0)
         with contextlib.suppress(ValueError):  # no such form: reported by who runs it
-            function = body(layout, activation, len(node.inputs), opset)
-            node.overload = function.overload
-            model.functions.setdefault(function.identifier(), function)
+            add_body(model, node)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from optimizer.custom_ops.declaration import BITMAP_BYTES, LAYOUTS, METADATA_LAYOUTS, TILE, Layout
+from optimizer.custom_ops.declaration import BITMAP_BYTES, LAYOUTS, TILE, Layout, layout_of
 from optimizer.custom_ops.packing import Packed, to_tiles, unpack
 
 #: Values of a tile begin at multiples of this many bytes.
@@ -50,11 +50,11 @@ def unpack_cuda(packed: Packed, layout: str, k: int, n: int) -> np.ndarray:
     """The weight [k, n] of a stored form.
 
     Raises:
-        ValueError: The arrays contradict each other.
+        ValueError: There is no such layout, or the arrays contradict each other.
     """
-    if layout not in METADATA_LAYOUTS:
+    form = layout_of(layout)
+    if isinstance(form, Layout):
         return unpack(packed, layout, k, n)
-    form = METADATA_LAYOUTS[layout]
     rows, columns = -(-k // TILE), -(-n // TILE)
     tiles = rows * columns
     if packed.bitmap.shape != (tiles, BITMAP_BYTES) or packed.values.size != tiles * VALUES_24:

@@ -122,9 +122,13 @@ def layout_of(name: str) -> Layout | MetadataLayout:
     """The layout of a name.
 
     Raises:
-        KeyError: There is none.
+        ValueError: There is none.
     """
-    return LAYOUTS[name] if name in LAYOUTS else METADATA_LAYOUTS[name]
+    found = LAYOUTS.get(name) or METADATA_LAYOUTS.get(name)
+    if found is None:
+        msg = f"{OP_TYPE} has no layout '{name}'"
+        raise ValueError(msg)
+    return found
 
 
 def declaration_hash() -> int:
@@ -192,9 +196,6 @@ def body(
     Raises:
         ValueError: There is no such form.
     """
-    if layout not in LAYOUTS and layout not in METADATA_LAYOUTS:
-        msg = f"SparseMatMul has no layout '{layout}'"
-        raise ValueError(msg)
     form = layout_of(layout)
     if activation not in ACTIVATIONS or inputs not in ((6, 7) if form.int8 else (4, 5)):
         msg = f"SparseMatMul has no form {overload(layout, activation, inputs)}"

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from optimizer import graph as graphs
+from optimizer.nodes import ancestors
 
 #: Float masks: from here on a score is taken as cut off. The most negative float16 is -65504, and
 #: a score moved by less than this could still win.
@@ -172,7 +173,7 @@ class _Subgraph:
     @classmethod
     def cut(cls, model: ir.Model, mask: ir.Value, roles: Roles) -> _Subgraph | str:
         """Cut out what computes ``mask``; a reason if it depends on something unsuitable."""
-        nodes, inputs = _ancestors(mask)
+        nodes, inputs, _ = ancestors(mask)
         fault = _fault(nodes, roles)
         if fault is not None:
             return fault
@@ -242,23 +243,6 @@ def _fault(nodes: Sequence[ir.Node], roles: Roles) -> str | None:
             if value is not roles.padding and not _is_positions(value):
                 return f"its attention mask depends on the numbers in input '{value.name}'"
     return None
-
-
-def _ancestors(value: ir.Value) -> tuple[tuple[ir.Node, ...], tuple[ir.Value, ...]]:
-    """Nodes and graph inputs that ``value`` is computed from."""
-    nodes: dict[ir.Node, None] = {}
-    inputs: dict[ir.Value, None] = {}
-    stack = [value]
-    while stack:
-        item = stack.pop()
-        node = item.producer()
-        if node is None:
-            if item.is_graph_input():
-                inputs[item] = None
-        elif node not in nodes:
-            nodes[node] = None
-            stack.extend(v for v in node.inputs if v is not None)
-    return tuple(nodes), tuple(inputs)
 
 
 def _integers(nodes: Sequence[ir.Node]) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from optimizer import graph as graphs
+from optimizer.nodes import ancestors
 from optimizer.raising.dims import Shape
 from optimizer.raising.shapes import Shapes
 
@@ -37,7 +38,8 @@ def read_mask(model: ir.Model, mask: ir.Value | None, count: int) -> Padding | s
     """What ``mask`` hides from ``count`` tokens, or why it cannot be kept when they are merged."""
     if mask is None:
         return Padding()
-    nodes, inputs, shaped = _behind(mask)
+    # Of some values only the shape is read.
+    nodes, inputs, shaped = ancestors(mask, ("Shape", "Size"))
     if any(True for node in nodes for _ in graphs.attribute_graphs(node)):
         return "its attention mask depends on control flow"
     if len(inputs) > 1:
@@ -102,27 +104,3 @@ def _zeros(value: ir.Value, shape: Shape | None, batch: int) -> np.ndarray:
         for dim in shape
     ]
     return np.zeros(sizes, np.float32 if value.dtype is None else value.dtype.numpy())
-
-
-def _behind(
-    mask: ir.Value,
-) -> tuple[tuple[ir.Node, ...], tuple[ir.Value, ...], tuple[ir.Value, ...]]:
-    """Nodes, graph inputs whose numbers they read, and values of which only the shape is read."""
-    nodes: dict[ir.Node, None] = {}
-    inputs: dict[ir.Value, None] = {}
-    shaped: dict[ir.Value, None] = {}
-    stack = [mask]
-    while stack:
-        item = stack.pop()
-        node = item.producer()
-        if node is None:
-            if item.is_graph_input():
-                inputs[item] = None
-        elif node not in nodes:
-            nodes[node] = None
-            values = [v for v in node.inputs if v is not None]
-            if node.op_type in ("Shape", "Size"):
-                shaped.update(dict.fromkeys(values))
-            else:
-                stack.extend(values)
-    return tuple(nodes), tuple(inputs), tuple(shaped)

@@ -29,8 +29,9 @@ class Method(Protocol):
         ...
 
     def fault(self, count: int, protected: tuple[int, ...]) -> str | None:
-        """Why a tower with these protected tokens is left alone."""
-        ...
+        """Why a tower with these protected tokens is left alone; none is, unless a way says so."""
+        del count, protected
+        return None
 
     def reduce(
         self, pen: Emitter, block: Block, x: ir.Value, state: State, r: int

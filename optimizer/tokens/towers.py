@@ -42,6 +42,16 @@ class Tower:
     padding: ir.Value | None
     dense: tuple[str, ...]
 
+    def guide(self, guidance: str | int) -> int | None:
+        """Which of the protected tokens is meant: that of a position, the first, or none.
+
+        Args:
+            guidance: A position; "auto" is the first protected token; anything else is none.
+        """
+        if isinstance(guidance, int) and -self.count <= guidance < self.count:
+            return self.protected.index(guidance % self.count)
+        return 0 if guidance == "auto" and self.protected else None
+
 
 def find_towers(
     model: ir.Model, blocks: Sequence[Block], protect: Sequence[int], *, ordered: bool = False
