@@ -50,6 +50,8 @@ class Target:
         min_opset, max_opset: Range that the runtime's parser or kernels accept.
         kv_cache: Forms of the KV cache that can be written, the default first.
         quantization: The spelling of int8 products.
+        int8_products: Whether it multiplies int8 numbers. Where it does not, it makes floats of
+            them at every run, and an int8 model is slower than the one in float.
         contrib_ops: Whether it runs operators of the domain ``com.microsoft``.
         attention: Whether the standard Attention operator (opset 23) runs.
         attention_cache: Whether Attention may hold the KV cache (past inputs, present outputs) or
@@ -68,6 +70,7 @@ class Target:
     max_opset: int
     kv_cache: tuple[str, ...] = ("append",)
     quantization: Quantization = Quantization.S8_QDQ
+    int8_products: bool = True
     contrib_ops: bool = False
     attention: bool = True
     attention_cache: bool = True
@@ -112,9 +115,10 @@ TARGETS: dict[str, Target] = {
             opset=23,
             min_opset=18,
             max_opset=24,
+            int8_products=False,
             contrib_ops=True,
             full_attention_mask=True,
-            notes="standard operators; int8 stays as symmetric QuantizeLinear/DequantizeLinear",
+            notes="ONNX Runtime 1.31 or later with CUDA; it has no int8 products",
         ),
         Target(
             name="tensorrt-rtx",

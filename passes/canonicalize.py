@@ -35,6 +35,7 @@ from optimizer.raising import (
     inline,
     linears,
     norms,
+    open_masks,
     opset,
     ort_cpu,
     packed,
@@ -141,6 +142,7 @@ STEPS: tuple[Step, ...] = (
     Step("dynamic tanh", dynamic_tanh.run),
     Step("clean", clean),
     Step("heads", heads, opset=23),
+    Step("open masks", open_masks.run),
     Step(_TYPES, value_info.refresh),
 )
 

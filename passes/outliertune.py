@@ -35,7 +35,7 @@ from pydantic import Field, field_validator
 
 from optimizer import graph as graphs
 from optimizer.calibration import Calibration
-from optimizer.errors import CalibrationError
+from optimizer.errors import CalibrationError, UnsupportedError
 from optimizer.gate import LEFT_OUT, Gate
 from optimizer.listener import Listener
 from optimizer.pass_base import Context, Exactness, GraphPass, PassOptions, Report, Skip
@@ -43,6 +43,7 @@ from optimizer.quantization.emit import Writer
 from optimizer.quantization.scales import Policy, Scaling, Scheme, choose
 from optimizer.quantization.sites import Choice, Kind, Site, find_sites
 from optimizer.quantization.statistics import InputStatistics
+from optimizer.targets import get_target
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,9 @@ class Options(PassOptions):
         (), description="Patterns of weights to quantize although they compute an output."
     )
     exclude: tuple[str, ...] = Field((), description="Patterns of weights to leave in float.")
+    force: bool = Field(
+        default=False, description="Also for a target that int8 makes slower, such as ort-cuda."
+    )
 
     @field_validator("include", "exclude", mode="before")
     @classmethod
@@ -121,6 +125,17 @@ class Options(PassOptions):
         )
 
 
+def _check_target(name: str, options: Options) -> None:
+    """Raise where int8 would make the model slower."""
+    if get_target(name).int8_products or options.force:
+        return
+    raise UnsupportedError(
+        f"pass 'outliertune': target '{name}' has no int8 products: it makes floats of int8 "
+        "weights at every run, which was measured to take 2 to 8 times as long as float16; use the "
+        "pass fp16, or a target of TensorRT; outliertune.force=true writes it all the same"
+    )
+
+
 class OutlierTune(GraphPass[Options]):
     """See the module."""
 
@@ -135,6 +150,7 @@ class OutlierTune(GraphPass[Options]):
 
     def call(self, model: ir.Model, context: Context) -> Report:
         """Quantize, in place."""
+        _check_target(context.target, self.options)
         heads = None if self.options.heads == "auto" else self.options.heads
         choice = Choice(self.options.include, self.options.exclude, heads)
         sites, skipped = find_sites(model, choice)

@@ -13,7 +13,7 @@ from optimizer import gate as gates
 from optimizer import widening
 from optimizer.errors import OptionError, UnsupportedError
 from optimizer.gate import Gate
-from optimizer.legalize import kv_in_place, opset_rules, ort_cpu, tensorrt
+from optimizer.legalize import key_masks, kv_in_place, opset_rules, ort_cpu, ort_cuda, tensorrt
 from optimizer.model_input import is_runtime_operator
 from optimizer.pass_base import Report, Skip
 from optimizer.targets import Quantization, Target, get_target
@@ -95,6 +95,11 @@ def _lower(
         skipped.extend(lowered.skipped)
     if target.runtime == "onnxruntime":
         counts["zero point"] = ort_cpu.drop_zero_points(model)
+    on_cuda = target.runtime == "onnxruntime" and target.device == "cuda"
+    if on_cuda:
+        counts["range"] = ort_cuda.shift_ranges(model)
+        counts["sum of heads"] = ort_cuda.sum_heads(model)
+        counts["key mask"] = key_masks.join_key_masks(model)
     if target.full_attention_mask and not fast_cpu:
         counts["attention mask"] = ort_cpu.widen_masks(model)
     if not target.attention_cache and opset >= opset_rules.RULES["Attention"][0]:
@@ -103,6 +108,8 @@ def _lower(
     for function in model.functions.values():  # bodies of our operators, right for every opset
         function.opset_imports[""] = opset
     counts["stored half precision"] = widening.write_stored(model)
+    if on_cuda:
+        skipped.extend(ort_cuda.copies(model))
     return {kind: count for kind, count in counts.items() if count}, skipped
 
 

@@ -10,6 +10,7 @@
 #include "../cuda/kernels.h"
 #include "../declaration.h"
 #include "../sparse_matmul.h"
+#include "stream_memory.h"
 
 namespace {
 
@@ -80,16 +81,17 @@ void compute(const Instance& instance, OrtKernelContext* context) {
   if (int8) w.scale = static_cast<const float*>(input(api, context, 5, "scale", ort::kFloat, w.N).data);
   if (int8 && instance.inputs > 6)
     w.x_scale = static_cast<const float*>(input(api, context, 6, "x_scale", ort::kFloat, 1).data);
-  void *stream = nullptr, *workspace = nullptr;
+  void* stream = nullptr;
   ort::check(ort::call<OrtStatus*>(api, ort::KernelContext_GetGPUComputeStream,
                                    static_cast<const OrtKernelContext*>(context), &stream));
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   const int64_t tokens = x.size() / w.K;
-  const size_t bytes = cuda::workspace_bytes(w, tokens);
-  if (bytes > 0) check(cudaMallocAsync(&workspace, bytes, on));  // in the order of the stream: nothing waits
-  const cudaError_t error = cuda::run(w, x.data, tokens, y, workspace, on);
-  if (workspace != nullptr) check(cudaFreeAsync(workspace, on));
-  check(error);
+  const optimize::sparse_matmul::StreamMemory::Lease memory(optimize::sparse_matmul::StreamMemory::of(on), on,
+                                                            cuda::workspace_bytes(w, tokens),
+                                                            static_cast<size_t>((w.N + kTile - 1) / kTile));
+  check(memory.error());
+  w.arrivals = memory.arrivals;
+  check(cuda::run(w, x.data, tokens, y, memory.scratch, on));
 }
 
 struct Op {
