@@ -24,11 +24,10 @@ from optimizer.engines.library_path import find_plugins
 from optimizer.engines.profiles import LONGEST, make_profiles, parse_shapes
 from optimizer.engines.request import BuildRequest
 from optimizer.errors import EngineError, ExportError, OptionError, UnsupportedError
-from optimizer.export.onnx_file import manifest_path
 from optimizer.hashing import hash_file
 from optimizer.job import Result
 from optimizer.listener import Listener, Silent
-from optimizer.model_writer import check_output, complete_or_nothing
+from optimizer.model_writer import check_output, complete_or_nothing, manifest_path
 
 MANIFEST_VERSION = 1
 #: Tokens below which no shorter default is tried.

@@ -27,6 +27,8 @@ from optimizer.errors import EngineError, MissingDependencyError, UnsupportedErr
 _RTX_LIBRARIES = ("libtensorrt_rtx.so", "libtensorrt_onnxparser_rtx.so")
 #: Keeps the links until the process ends.
 _links: list[tempfile.TemporaryDirectory[str]] = []
+#: (module, library) -> what ``load_plugins`` says of it; they stay until the process ends.
+_loaded: dict[tuple[str, Path], dict[str, Any]] = {}
 _CORE = re.compile(r"libnvinfer(?:_[a-z]+)?\.so\.(\d+)")
 
 
@@ -69,13 +71,13 @@ def _load_rtx(flavour: Flavour) -> None:
 
 
 def load_plugins(trt: Any, paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Load each library once and name the creators that came with it.
+    """Load each library once in a process and name the creators that came with it.
 
-    Call it once in a process, after a Builder was made: before, errors are not logged.
+    Call it after a Builder or a Runtime was made: before, errors are not logged.
 
     Args:
         trt: The module.
-        paths: Libraries; the same file twice counts once.
+        paths: Libraries; what was loaded before is not loaded again.
 
     Returns:
         For each library "file" and "creators", as ``namespace::name, version``.
@@ -86,6 +88,10 @@ def load_plugins(trt: Any, paths: Sequence[Path]) -> list[dict[str, Any]]:
     registry, loaded = trt.get_plugin_registry(), []
     major = int(str(trt.__version__).split(".")[0])
     for path in dict.fromkeys(item.resolve() for item in paths):
+        known = _loaded.get((trt.__name__, path))
+        if known is not None:
+            loaded.append(known)
+            continue
         _check_library(path, major, rtx=trt.__name__ == "tensorrt_rtx")
         before = set(creators(registry))
         if registry.load_library(str(path)) is None:
@@ -95,7 +101,9 @@ def load_plugins(trt: Any, paths: Sequence[Path]) -> list[dict[str, Any]]:
         if not new:
             msg = f"plugin library {path} registers no creator that was not there: expected at "
             raise EngineError(f"{msg}least one; is it loaded twice, or for another TensorRT?")
-        loaded.append({"file": str(path), "creators": new})
+        known = {"file": str(path), "creators": new}
+        _loaded[trt.__name__, path] = known
+        loaded.append(known)
     return loaded
 
 
