@@ -41,7 +41,8 @@ LAYERS = [
         "inspection token_picture "
         "comparison divergence judges command_judge stages shares bisection "
         "conformance",
-        "progress job bisect_job api engine_job bundle_job engine_inspection cli __main__",
+        "progress job bisect_job api engine_check engine_job bundle_job engine_inspection "
+        "cli __main__",
     )
 ]
 #: Where these may be imported; everything else works without them.

@@ -90,6 +90,23 @@ def load_engine(
     return LoadedEngine(engine, trt, gpu, logger.errors, runtime)
 
 
+def why_not_here(path: Path, manifest: Mapping[str, Any]) -> str | None:
+    """Why an engine that was built here cannot be run here; None where a GPU can run it.
+
+    Raises:
+        EngineError: It is no engine.
+    """
+    try:
+        driver = Driver()
+    except MissingDependencyError as error:
+        return f"no GPU here: {error}"
+    plan = read_plan(path)
+    if any(fits_gpu(plan, manifest, device.capability) for device in driver.devices):
+        return None
+    here = ", ".join(f"{device.name} ({device.capability})" for device in driver.devices)
+    return f"it needs {capabilities_text(plan, manifest)}, here is {here}"
+
+
 def _fitting(path: Path, plan: Plan, manifest: Mapping[str, Any] | None, driver: Driver) -> Device:
     for device in driver.devices:
         if fits_gpu(plan, manifest, device.capability):

@@ -96,5 +96,5 @@ def fits_version(plan: Plan, manifest: Mapping[str, Any] | None, version: str) -
 
 def _release(version: str) -> tuple[int, ...]:
     """Major, minor and patch: the build number may differ."""
-    parts = version.split(".")[:3]
+    parts = [*version.split("."), "0", "0"][:3]
     return tuple(int(part) if part.isdecimal() else 0 for part in parts)

@@ -194,6 +194,10 @@ class TensorRTRunner:
         ]
         return max(most, default=None)
 
+    def takes(self, feed: Feed) -> bool:
+        """Whether a profile has room for a feed."""
+        return any(profile.misfit(feed) is None for profile in self.profiles)
+
     def run(self, feed: Feed) -> dict[str, np.ndarray]:
         """Run once and return every output by name.
 
