@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from typing import Any
 
 import numpy as np
@@ -31,7 +33,18 @@ def providers(ort: Any, device: str) -> list[str]:
             "install optimize-onnx[gpu] instead of optimize-onnx[cpu]"
         )
         raise MissingDependencyError(msg)
-    return [wanted] if device == CPU else [wanted, _PROVIDERS[CPU]]
+    if device == CPU:
+        return [wanted]
+    _prepare(ort)
+    return [wanted, _PROVIDERS[CPU]]
+
+
+def _prepare(ort: Any) -> None:
+    """Load CUDA's libraries from the folders of pip, where only a program that asks finds them."""
+    ort.set_default_logger_severity(4)  # what it prints is one line of ours
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with contextlib.suppress(AttributeError, OSError, RuntimeError), quiet:
+        ort.preload_dlls()
 
 
 def check_device(session: Any, device: str) -> None:
