@@ -48,7 +48,7 @@ def build(request: BuildRequest, tell: Tell) -> dict[str, Any]:
     except (TypeError, RuntimeError) as error:
         msg = f"{flavour.title} {trt.__version__} made no builder: {error}; it needs an NVIDIA GPU"
         raise EngineError(f"{msg} and driver, or use --target tensorrt-rtx") from error
-    plugins = load_plugins(trt, [Path(item) for item in request.plugins])
+    plugins = load_plugins(trt, [Path(item) for item in request.plugins], logger.errors)
     check_creators(trt.get_plugin_registry(), request.custom)
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if typed is None else 1 << int(typed))

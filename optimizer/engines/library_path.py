@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from optimizer.custom_ops.declaration import DOMAIN
+from optimizer.custom_ops.library import installed_places
 from optimizer.errors import EngineError, OptionError
 from optimizer.hashing import hash_file
 
@@ -21,8 +22,7 @@ def installed_library() -> Path | None:
     given = os.environ.get(VARIABLE)
     if given:
         return Path(given)
-    beside = Path(__file__).resolve().parent.parent / "native" / _FILE
-    return beside if beside.is_file() else None
+    return next((path for path in installed_places(_FILE) if path.is_file()), None)
 
 
 def find_plugins(named: Sequence[Path], domains: Collection[str]) -> tuple[Path, ...]:

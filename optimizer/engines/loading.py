@@ -81,7 +81,7 @@ def load_engine(
     logger = make_logger(trt)
     runtime = trt.Runtime(logger)
     libraries = find_engine_plugins(path, plugins, [] if manifest is None else manifest["plugins"])
-    load_plugins(trt, libraries)
+    load_plugins(trt, libraries, logger.errors)
     if manifest is not None and manifest["version_compatible"]:
         runtime.engine_host_code_allowed = True  # the plan holds the library that runs it
     engine = runtime.deserialize_cuda_engine(_content(path))
