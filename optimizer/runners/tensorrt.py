@@ -121,7 +121,7 @@ class TensorRTRunner:
         self._loaded, self._gpu, self._trt = loaded, loaded.gpu, loaded.trt
         self.gpu = loaded.gpu.device
         engine = loaded.engine
-        self._context = engine.create_execution_context()
+        self._context = _context(loaded.trt, engine)
         if self._context is None:
             raise self._error("no memory for its activations on the GPU")
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
@@ -234,7 +234,10 @@ class TensorRTRunner:
             pointer = tensor.place(self._gpu, tensor.array.nbytes)
             self._gpu.upload(pointer, tensor.array)
             self._address(name, pointer)
-        missing = self._context.infer_shapes()
+        try:
+            missing = self._context.infer_shapes()
+        except RuntimeError as error:
+            raise self._error(f"it refuses these shapes ({error})") from error
         if missing:
             raise self._error(f"nothing says what the shape or value of {', '.join(missing)} is")
         for name, tensor in self._outputs.items():
@@ -334,6 +337,20 @@ class TensorRTRunner:
         return EngineError(
             f"{self._where}: the engine cannot be run on {self.gpu.name}: {what}{said}"
         )
+
+
+def _context(trt: Any, engine: Any) -> Any:
+    """An execution context.
+
+    TensorRT for RTX compiles kernels for the shapes that it meets. Unless it is told to wait for
+    them it goes on with slower ones meanwhile, and which kernels ran would be a matter of time.
+    """
+    strategies = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
+    if strategies is None:
+        return engine.create_execution_context()
+    config = engine.create_runtime_config()
+    config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+    return engine.create_execution_context(config)
 
 
 def _allocator(trt: Any, gpu: Gpu, tensor: _Tensor) -> Any:

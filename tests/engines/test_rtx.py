@@ -256,3 +256,27 @@ def played_gpu(capability: str, *words: object) -> subprocess.CompletedProcess[s
         capture_output=True, text=True, check=False, timeout=120,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
+
+
+def test_the_library_has_every_name_that_a_run_uses():
+    """In a process of its own, as it is never loaded in this one."""
+    code = """
+from optimizer.engines.flavours import FLAVOURS
+from optimizer.engines.library import import_tensorrt
+trt = import_tensorrt(FLAVOURS["tensorrt-rtx"])
+for kind, names in {
+    "Runtime": "deserialize_cuda_engine engine_host_code_allowed",
+    "ICudaEngine": "num_io_tensors get_tensor_name get_tensor_mode get_tensor_dtype "
+    "get_tensor_shape get_tensor_location num_optimization_profiles get_tensor_profile_shape "
+    "create_execution_context create_runtime_config",
+    "IExecutionContext": "set_optimization_profile_async set_input_shape infer_shapes "
+    "set_tensor_address get_tensor_shape set_output_allocator execute_async_v3",
+    "IRuntimeConfig": "dynamic_shapes_kernel_specialization_strategy",
+    "DynamicShapesKernelSpecializationStrategy": "EAGER",
+    "TensorIOMode": "INPUT", "TensorLocation": "HOST", "IOutputAllocator": "",
+}.items():
+    missing = [name for name in names.split() if not hasattr(getattr(trt, kind), name)]
+    assert not missing, (kind, missing)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,44 @@ def test_inputs_that_are_not_contiguous(driver, tmp_path):
     x = np.arange(8, dtype=np.float32).reshape(4, 2).T
     found = TensorRTRunner(linear(tmp_path, [SMALL])).run({"x": x})["y"]
     assert np.array_equal(found, 2 * x)
+
+
+def test_kernels_for_the_shapes_are_waited_for(driver, tmp_path, monkeypatch):
+    """TensorRT for RTX would run others first, and these when they are compiled."""
+    import tensorrt
+
+    seen = []
+    kinds = types.SimpleNamespace(EAGER="eager", LAZY="lazy")
+    monkeypatch.setattr(tensorrt, "DynamicShapesKernelSpecializationStrategy", kinds, raising=False)
+    monkeypatch.setattr(
+        tensorrt.ICudaEngine,
+        "create_runtime_config",
+        lambda _: types.SimpleNamespace(),
+        raising=False,
+    )
+    real = tensorrt.ICudaEngine.create_execution_context
+    monkeypatch.setattr(
+        tensorrt.ICudaEngine,
+        "create_execution_context",
+        lambda self, config: seen.append(config) or real(self),
+    )
+    TensorRTRunner(linear(tmp_path, [SMALL]))
+    (config,) = seen
+    assert config.dynamic_shapes_kernel_specialization_strategy == "eager"
+
+
+def test_shapes_that_cannot_be_inferred(driver, tmp_path, monkeypatch):
+    runner = TensorRTRunner(linear(tmp_path, [SMALL]))
+
+    def fail() -> None:
+        raise RuntimeError("infer_shapes error code: -1")
+
+    monkeypatch.setattr(runner._context, "infer_shapes", fail)
+    with pytest.raises(EngineError, match=r"it refuses these shapes \(infer_shapes error"):
+        runner.run({"x": np.zeros((2, 4), np.float32)})
+    monkeypatch.setattr(runner._context, "infer_shapes", lambda: ["z"])
+    with pytest.raises(EngineError, match="nothing says what the shape or value of z is"):
+        runner.run({"x": np.zeros((2, 4), np.float32)})
 
 
 def test_several_engines_side_by_side_and_nothing_left_behind(driver, tmp_path):
