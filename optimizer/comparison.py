@@ -10,12 +10,13 @@ import numpy as np
 import onnx_ir as ir
 
 from optimizer.calibration import Calibration, Reference, input_specs
+from optimizer.engines.plan import is_engine
 from optimizer.feeds import Sizes, synthesize
 from optimizer.metrics import Drift
 from optimizer.model_io import load_model
 from optimizer.model_tensors import belongs
 from optimizer.probes import make_probes
-from optimizer.runners.tensorrt import TensorRTRunner, is_engine
+from optimizer.runners.tensorrt import TensorRTRunner
 from optimizer.samples import InputSpec, SampleSpec, is_past, load_samples
 
 

@@ -13,10 +13,11 @@ import numpy as np
 import onnx_ir as ir
 
 from optimizer.deviation import is_floating
+from optimizer.engines.plan import is_engine
 from optimizer.feeds import Sizes, synthesize
 from optimizer.runners.ort import OrtRunner, import_onnxruntime, ort_value, translate_error
 from optimizer.runners.ort_device import CPU, on_device
-from optimizer.runners.tensorrt import TensorRTRunner, is_engine
+from optimizer.runners.tensorrt import TensorRTRunner
 from optimizer.samples import InputSpec, check_feed
 from optimizer.targets import KV_CACHE_KEY
 

@@ -77,11 +77,12 @@ def inspect_command(
 ) -> int:
     """Show what is in MODEL: inputs, outputs, operators, blocks, sizes, provenance.
 
-    Of a TensorRT engine (FILE.engine, FILE.plan): what it needs, and what this machine has.
+    Of a TensorRT engine: what it needs, and what this machine has.
     """
     from optimizer.cli import screen
+    from optimizer.engines.plan import is_engine
 
-    if model.suffix in (".engine", ".plan"):
+    if is_engine(model):
         from optimizer.engine_inspection import describe_engine
 
         found = describe_engine(model)
@@ -129,9 +130,9 @@ def inspect_command(
 def check_command(first: Path, second: Path, budget: str, as_json: bool, **options: Any) -> int:  # noqa: FBT001
     """Compare the outputs of A and B on sample data; exit 3 if B drifts further than LIMITS.
 
-    Each is an ONNX model, which ONNX Runtime runs on the CPU, or a TensorRT engine (FILE.engine,
-    FILE.plan), which needs a GPU. Without --eval, A.eval.npz or A.calibration.npz beside A is
-    used, else random inputs.
+    Each is an ONNX model, which ONNX Runtime runs on the CPU, or a TensorRT engine, which
+    needs a GPU. Without --eval, A.eval.npz or A.calibration.npz beside A is used, else random
+    inputs.
     """
     from optimizer.budget import Budget
     from optimizer.cli import screen
@@ -178,16 +179,16 @@ def check_command(first: Path, second: Path, budget: str, as_json: bool, **optio
 def bench_command(models: tuple[Path, ...], as_json: bool, **options: Any) -> int:  # noqa: FBT001
     """Measure the latency of models, taking turns, against that of the first.
 
-    Each is an ONNX model or a TensorRT engine (FILE.engine, FILE.plan). Inputs and outputs are in
-    the memory of the device: copies between a GPU and the host are not part of a latency.
+    Each is an ONNX model or a TensorRT engine. Inputs and outputs are in the memory of the device:
+    copies between a GPU and the host are not part of a latency.
     """
     from optimizer.benchmark import Setup, benchmark
     from optimizer.calibration import input_specs
     from optimizer.cli import screen
+    from optimizer.engines.plan import is_engine
     from optimizer.feeds import Sizes
     from optimizer.model_io import load_model
     from optimizer.progress import start_listening
-    from optimizer.runners.tensorrt import is_engine
     from optimizer.targets import get_target
 
     required, rounds = options.pop("require_speedup"), options.pop("rounds")

@@ -15,12 +15,26 @@ from pathlib import Path
 from optimizer.errors import EngineError
 
 _TAGS = {b"vtrt": "tensorrt-rtx", b"ftrt": "tensorrt"}
+_SUFFIXES = (".engine", ".plan")
 _HEADER = 32
 #: Compute capability of each bit; the last stands for GPUs later than those named.
 _BITS = (75, 80, 86, 89, 120, 121)
 _LATER = 1 << len(_BITS)
 #: Layout of the header that these bits were found in.
 _LAYOUT = 2
+
+
+def is_engine(path: object) -> bool:
+    """Whether a path is that of an engine and not of an ONNX model, by its name or first bytes."""
+    if not isinstance(path, str | Path):
+        return False
+    if Path(path).suffix in _SUFFIXES:
+        return True
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(4) in _TAGS
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,6 @@ _DTYPES: dict[str, Any] = {
     "UINT8": np.uint8,
     "BOOL": np.bool_,
 }
-#: Suffixes of files that hold an engine.
-SUFFIXES = (".engine", ".plan")
-
-
-def is_engine(path: object) -> bool:
-    """Whether a path is that of an engine and not of an ONNX model."""
-    return isinstance(path, str | Path) and Path(path).suffix in SUFFIXES
 
 
 @dataclass

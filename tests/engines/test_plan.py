@@ -7,11 +7,12 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
 
 from optimizer.engine_inspection import describe_engine
 from optimizer.engines.manifest import fits_gpu, fits_version
-from optimizer.engines.plan import Plan, read_plan
+from optimizer.engines.plan import Plan, is_engine, read_plan
 from optimizer.environment.facts import Facts, Gpu, Nvidia, TensorRt
 from optimizer.errors import EngineError
 from optimizer.hashing import hash_file
@@ -70,6 +71,26 @@ def test_a_file_that_cannot_be_read(tmp_path):
         read_plan(tmp_path / "none.engine")
     with pytest.raises(EngineError, match="Is a directory"):
         read_plan(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "is_one"),
+    [
+        ("x.engine", b"", True),
+        ("x.plan", b"", True),
+        ("x.trt", rtx(8), True),
+        ("x", b"ftrt" + bytes(40), True),
+        ("x.onnx", b"\x08\x07", False),
+        ("x.onnx", b"", False),
+    ],
+)
+def test_what_is_taken_for_an_engine(tmp_path, name, content, is_one):
+    (tmp_path / name).write_bytes(content)
+    assert is_engine(tmp_path / name) == is_one
+    assert is_engine(str(tmp_path / name)) == is_one
+    assert not is_engine(tmp_path / "none.onnx")
+    assert not is_engine(tmp_path)
+    assert not is_engine(models.build())
 
 
 RTX = Plan("tensorrt-rtx", "1.7.1.116", 200, (86, 89))

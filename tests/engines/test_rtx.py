@@ -278,5 +278,7 @@ for kind, names in {
     missing = [name for name in names.split() if not hasattr(getattr(trt, kind), name)]
     assert not missing, (kind, missing)
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=path)
     assert run.returncode == 0, run.stderr
