@@ -168,6 +168,8 @@ FILES = (
         ("not a plain file",), lambda p: [os.mkfifo(p.folder / "pipe") or p.folder / "pipe"]),
     Row("MODEL is a Git LFS pointer", 2, "`git lfs pull`", ("git lfs pull",),
         lambda p: [p.write(b"version https://git-lfs.github.com/spec/v1\noid x\n")]),
+    Row("MODEL is a TensorRT engine", 2, "the commands that take one",
+        ("is a TensorRT engine", "'optimize inspect'"), lambda p: [p.write(b"ftrt" + bytes(60))]),
     Row("MODEL is no ONNX file, or is cut short", 2, "a complete file",
         ("not an ONNX model", "cut short", "complete"), lambda p: [p.write(b"no model\n" * 100)],
         ("model_io._parse",)),

@@ -79,6 +79,19 @@ class TestBuild:
         assert manifest["checked"]["missed"] is None
         assert 1e-5 < manifest["checked"]["drift"]["relative_l2"] < 1e-2
 
+    @pytest.mark.parametrize(("keep", "written"), [(False, False), (True, True)])
+    def test_a_budget_that_only_the_engine_misses(
+        self, command, driver, decoder, tmp_path, monkeypatch, keep, written
+    ):
+        """Worse than the model, within what rounding explains, and not good enough."""
+        monkeypatch.setenv("FAKE_TENSORRT", "coarse engine")
+        words = ["--target", "tensorrt-10", "--engine", tmp_path / "m.engine"]
+        words += ["-o", tmp_path / "o.onnx", "--budget", "relative_l2<=1e-5"]
+        found = command(decoder, *words, *(["--keep"] if keep else []))
+        assert found.code == 4, found.err
+        assert "the engine misses the budget: " in found.err
+        assert (tmp_path / "m.engine").is_file() == written
+
     def test_no_gpu_is_said_once(self, command, driver, decoder, tmp_path):
         driver.gpus.clear()
         found = build(command, decoder)
@@ -191,3 +204,45 @@ def onnx_ir(path: Path):
 
     assert onnx.load(path)
     return load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("target", "hint"),
+    [
+        ("ort-cpu", "next: optimize bench {source} {made}"),
+        ("ort-cuda", "next: optimize bench --target ort-cuda {source} {made}"),
+        ("tensorrt-rtx", "next: make an engine of it: optimize build {made} --target tensorrt-rtx"),
+        (
+            "tensorrt-10",
+            "next: make an engine of it, where TensorRT 10 and its GPU are: "
+            "optimize build {made} --target tensorrt-10",
+        ),
+        (
+            "jetson",
+            "next: make a folder for the device of it: optimize build {made} --target jetson",
+        ),
+    ],
+)
+def test_the_next_step_is_that_of_the_target(command, decoder, tmp_path, target, hint):
+    made = tmp_path / "o.onnx"
+    found = command(decoder, "--target", target, "-o", made, "--verify", "off")
+    assert found.code == 0, found.err
+    assert found.out.splitlines()[-1] == hint.format(source=decoder, made=made)
+
+
+def test_what_was_written_for_a_target_can_be_built(command, driver, decoder, tmp_path):
+    """The hint of the target, followed."""
+    made = tmp_path / "o.onnx"
+    words = ["--target", "tensorrt-10", "-o", made, "--passes", "outliertune,fp16"]
+    assert command(decoder, *words).code == 0
+    found = command("build", made, "--target", "tensorrt-10")
+    assert found.code == 0, found.err
+    assert (tmp_path / "o.engine").is_file()
+
+
+def test_one_hint_where_an_engine_is_built_too(command, driver, decoder, tmp_path):
+    words = ["--target", "tensorrt-10", "-o", tmp_path / "o.onnx", "--verify", "final"]
+    found = command(decoder, *words, "--engine", tmp_path / "e.engine")
+    assert found.code == 0, found.err
+    hints = [line for line in found.out.splitlines() if line.startswith("next: ")]
+    assert hints == [f"next: optimize bench {decoder} {tmp_path / 'e.engine'}"]

@@ -10,6 +10,7 @@ import pathlib
 import sys
 import time
 
+import numpy as np
 import onnx
 
 from tensorrt._runtime import (
@@ -55,6 +56,10 @@ class _Record:
     def __init__(self, kind, values, **hidden):
         assert set(values) <= set(SURFACE[kind]), f"{kind} of {__version__} lacks one of {values}"
         self.__dict__.update(values, **hidden)
+
+
+#: Factor on the weights of the engine, by what FAKE_TENSORRT says.
+_WRONG = {"wrong engine": np.float32(1.5), "coarse engine": np.float32(1 + 1e-4)}
 
 
 class Severity(enum.Enum):
@@ -132,11 +137,13 @@ class Builder:
             return None
         assert _attention is None or _attention.decomposable
         model = network.model
-        if _MODE == "wrong engine":  # as a defect of the library would make it
+        if _MODE in _WRONG:  # as a defect of the library, or its rounding, would make it
             for tensor in model.graph.initializer:
                 array = onnx.numpy_helper.to_array(tensor)
                 if array.dtype == "float32" and array.ndim == 2:
-                    tensor.CopyFrom(onnx.numpy_helper.from_array(array * 1.5, tensor.name))
+                    tensor.CopyFrom(
+                        onnx.numpy_helper.from_array(array * _WRONG[_MODE], tensor.name)
+                    )
         return pack(__version__, config.profiles, config.sets, model)
 
 
