@@ -102,9 +102,19 @@ def drift_between(
 
 
 def for_engines(calibration: Calibration, engines: Sequence[TensorRTRunner]) -> Calibration:
-    """The same with no more samples at a time than engines take."""
+    """The same with as many samples at a time as the profiles of engines take; one, if none."""
     most = [size for engine in engines if (size := engine.largest_batch()) is not None]
-    return calibration.sized(min([calibration.batch, *most]))
+    largest = calibration.sized(min([calibration.batch, *most]))
+    return largest if fit(largest, engines) else calibration.sized(1)
+
+
+def fit(calibration: Calibration, engines: Sequence[TensorRTRunner]) -> bool:
+    """Whether every batch of samples is in the range of a profile of each engine."""
+    return all(
+        engine.takes(feed)
+        for engine in engines
+        for feed in calibration.samples.bind(engine.inputs).batches(calibration.batch)
+    )
 
 
 def made_up(

@@ -13,6 +13,7 @@ from optimizer.budget import Budget
 from optimizer.calibration import Calibration
 from optimizer.comparison import (
     drift_between,
+    fit,
     for_engines,
     made_up,
     reference_of,
@@ -24,7 +25,7 @@ from optimizer.export.bundle_samples import tolerance
 from optimizer.listener import Listener
 from optimizer.model_io import load_model
 from optimizer.runners.tensorrt import TensorRTRunner
-from optimizer.samples import SampleSet, SampleSpec, load_samples
+from optimizer.samples import SampleSpec, load_samples
 
 
 @dataclass(frozen=True)
@@ -92,18 +93,13 @@ def check_numbers(
     original = model
     if evaluation.original is not None:
         original = load_model(evaluation.original, evaluation.custom_ops, check_numbers=False)
-    samples, source = _samples(original, runner, evaluation)
-    calibration = Calibration(
-        samples, threads=evaluation.threads, custom_ops=evaluation.custom_ops,
-        progress=listener.progress,
-    )  # fmt: skip
-    calibration = for_engines(calibration, [runner])
+    calibration, source = _samples(original, runner, evaluation, listener)
     reference = reference_of(calibration, original)
     own = 0.0 if original is model else calibration.drift(reference, model).relative_l2
     drift = drift_between(calibration, reference, runner)
     allowed = own + tolerance(model)
     if not drift.relative_l2 <= allowed:
-        data = f"relative L2, {samples.count} samples from {source}"
+        data = f"relative L2, {calibration.samples.count} samples from {source}"
         msg = (
             f"the engine's output '{reference.output}' differs from the original's by "
             f"{drift.relative_l2:.3g} ({data}), that of the ONNX model by {own:.3g}; rounding "
@@ -118,21 +114,31 @@ def check_numbers(
         "drift": drift.as_dict(),
         "onnx": own,
         "allowed": allowed,
-        "samples": samples.count,
+        "samples": calibration.samples.count,
         "data": source,
         "missed": missed,
     }
 
 
 def _samples(
-    original: ir.Model, runner: TensorRTRunner, evaluation: Evaluation
-) -> tuple[SampleSet, str]:
+    original: ir.Model, runner: TensorRTRunner, evaluation: Evaluation, listener: Listener
+) -> tuple[Calibration, str]:
     """The data, where the engine's profiles take it; else made up in their usual shapes."""
     specs, data = specs_of(original), evaluation.data
+
+    def calibration(spec: SampleSpec, limit: int | None = None) -> Calibration:
+        made = Calibration(
+            load_samples(spec, specs, limit=limit, option="--eval"),
+            threads=evaluation.threads,
+            custom_ops=evaluation.custom_ops,
+            progress=listener.progress,
+        )
+        return for_engines(made, [runner])
+
     source = "made-up inputs"
     if data is not None and data != "self":
-        given = load_samples(data, specs, limit=evaluation.samples, option="--eval")
-        if all(runner.takes(batch.feed) for batch in given.bind(runner.inputs)):
+        given = calibration(data, evaluation.samples)
+        if fit(given, [runner]):
             return given, str(data) if isinstance(data, str | Path) else "the data given"
         source = "made-up inputs, as the data is in the range of no optimization profile"
-    return load_samples(made_up(specs, [runner]), specs, option="--eval"), source
+    return calibration(made_up(specs, [runner])), source

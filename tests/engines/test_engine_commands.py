@@ -16,7 +16,8 @@ from optimizer.model_io import save_model
 from optimizer.runners.ort import OrtRunner
 from optimizer.runners.tensorrt import TensorRTRunner
 
-#: Two profiles.
+#: One profile, for eight rows alone; and two profiles.
+EIGHT = ("--shapes", "input_ids:8x12")
 TWO = ("--shapes", "input_ids:1x1,1x1,4x1", "--shapes", "input_ids:1x2,1x16,1x64")
 
 
@@ -112,6 +113,15 @@ class TestBuild:
         found = build(command, decoder, "--shapes", "input_ids:1x1,1x4,2x8")
         assert found.code == 0, found.err
         assert "made-up inputs, as the data is in the range of no optimization profile" in found.out
+
+    @pytest.mark.parametrize("words", [EIGHT, (*EIGHT, "--shapes", "input_ids:1x1,1x16,1x64")])
+    def test_profiles_that_do_not_take_every_number_of_rows(
+        self, command, driver, decoder, tmp_path, words
+    ):
+        """Six samples, a profile for eight: one by one where another takes them."""
+        found = build(command, decoder, *words)
+        assert found.code == 0, found.err
+        assert ("made-up inputs" in found.out) == (words == EIGHT)
 
     def test_the_gpu_that_it_was_built_on(self, command, driver, decoder, tmp_path, monkeypatch):
         """The process that builds has no played driver, so the manifest does not know."""
