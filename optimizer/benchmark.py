@@ -50,6 +50,7 @@ class Timing:
         interval: 95 % confidence interval of the median ratio.
         runs: Number of timed runs.
         load_seconds: Time to create the session.
+        device: "cpu", or the GPU that ran it.
     """
 
     label: str
@@ -61,6 +62,7 @@ class Timing:
     interval: tuple[float, float]
     runs: int
     load_seconds: float
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,7 @@ def _timing(operand: Timed, turns: list[np.ndarray], first: list[np.ndarray]) ->
         interval=_interval(ratios),
         runs=len(runs),
         load_seconds=operand.load_seconds,
+        device=getattr(operand, "device", "cpu"),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,9 @@ import numpy as np
 import onnx_ir as ir
 
 from optimizer.deviation import is_floating
+from optimizer.engines.cuda import Driver
 from optimizer.engines.plan import is_engine
+from optimizer.errors import OptimizerError
 from optimizer.feeds import Sizes, synthesize
 from optimizer.runners.ort import OrtRunner, import_onnxruntime, ort_value, translate_error
 from optimizer.runners.ort_device import CPU, on_device
@@ -30,11 +33,13 @@ class Timed(Protocol):
 
     Attributes:
         label: What results call it.
+        device: "cpu", or the GPU that runs it.
         feed: Its inputs.
         load_seconds: Time to load it.
     """
 
     label: str
+    device: str
     feed: dict[str, np.ndarray]
     load_seconds: float
 
@@ -102,6 +107,7 @@ class Operand:
             device=setup.device,
         )
         self.load_seconds = time.perf_counter() - started
+        self.device = setup.device if setup.device == CPU else gpu_name()
         self._session = self._runner.session
         buffers = self._buffers(model)
         sizes = setup.sizes
@@ -173,6 +179,7 @@ class EngineOperand:
         started = time.perf_counter()
         self._runner = TensorRTRunner(path, plugins=setup.plugins)
         self.load_seconds = time.perf_counter() - started
+        self.device = self._runner.gpu.name
         self.feed = _feed(self._runner.named(setup.axes), setup)
         self._runner.bind(self.feed)
 
@@ -187,6 +194,13 @@ class EngineOperand:
     def outputs(self) -> dict[str, np.ndarray]:
         """Outputs of the last run by name."""
         return self._runner.outputs()
+
+
+def gpu_name() -> str:
+    """The GPU that ONNX Runtime takes: the first."""
+    with contextlib.suppress(OptimizerError):
+        return Driver().devices[0].name
+    return "GPU"
 
 
 def make_operand(model: ir.Model | str | Path, setup: Setup, label: str) -> Timed:

@@ -233,10 +233,12 @@ def print_bench(result: BenchmarkResult) -> None:
     out.print(table)
     shapes = ", ".join(f"{name} {list(shape)}" for name, shape in list(result.shapes.items())[:4])
     more = f", ... {len(result.shapes) - 4} more" if len(result.shapes) > 4 else ""
+    gpus = sorted({timing.device for timing in result.timings} - {"cpu"})
     out.print(
         plain(
             f"{result.rounds} rounds, {result.threads} thread(s), {shapes}{more}\n"
-            f"{result.machine['cpu']}, ONNX Runtime {result.machine['versions']['onnxruntime']}"
+            f"{', '.join((result.machine['cpu'], *gpus))}, "
+            f"ONNX Runtime {result.machine['versions']['onnxruntime']}"
         )
     )
 

@@ -99,7 +99,7 @@ def why_not_here(path: Path, manifest: Mapping[str, Any]) -> str | None:
     try:
         driver = Driver()
     except MissingDependencyError as error:
-        return f"no GPU here: {error}"
+        return f"no GPU here: {str(error).partition(';')[0]}"
     plan = read_plan(path)
     if any(fits_gpu(plan, manifest, device.capability) for device in driver.devices):
         return None

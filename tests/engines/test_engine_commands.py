@@ -99,7 +99,7 @@ class TestBuild:
         assert found.code == 0, found.err
         lines = [line for line in found.out.splitlines() if line.startswith("engine not run")]
         assert len(lines) == 1
-        assert "no GPU here: the NVIDIA driver shows no GPU" in lines[0]
+        assert lines[0].endswith("no GPU here: the NVIDIA driver shows no GPU")
         assert f"optimize check {decoder} m.engine" in found.out
         checked = json.loads((tmp_path / "m.engine.manifest.json").read_text())["checked"]
         assert checked["skipped"].startswith("no GPU here")
@@ -173,7 +173,14 @@ class TestBench:
         content = json.loads(found.out)
         assert [Path(item["label"]).name for item in content["timings"]] == ["m.onnx", "m.engine"]
         assert content["shapes"]["input_ids"] == [1, 8]
+        assert [item["device"] for item in content["timings"]] == ["cpu", "Played GPU"]
         assert driver.calls.count("cuMemcpyHtoDAsync_v2") < 12, "inputs are copied once"
+
+    def test_the_table_names_the_gpu(self, command, driver, decoder, tmp_path):
+        build(command, decoder)
+        found = command("bench", tmp_path / "m.engine", "--rounds", 3)
+        assert found.code == 0, found.err
+        assert ", Played GPU, ONNX Runtime" in found.out
 
     def test_axes_have_the_names_of_the_model(self, command, driver, cached, tmp_path):
         build(command, cached)
