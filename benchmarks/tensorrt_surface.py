@@ -19,12 +19,17 @@ OUT = ROOT / "tests" / "engines" / "api_surface.json"
 TAGS = ("v10.3.0", "v10.7.0", "v10.10.0", "v10.13.3", "v10.16", "v11.0", "v11.1")
 CLASSES = (
     "Builder", "BuilderFlag", "DataType", "HardwareCompatibilityLevel", "IAttention",
-    "IAttentionOutputLayer", "IBuilderConfig", "ILayer", "ILogger", "INetworkDefinition",
-    "IOptimizationProfile", "IPluginCreatorInterface", "IPluginCreatorV3One", "IPluginRegistry",
-    "IProgressMonitor", "ITensor", "ITimingCache", "LayerType", "NetworkDefinitionCreationFlag",
-    "OnnxParser", "ParserError",
+    "IAttentionOutputLayer", "IBuilderConfig", "ICudaEngine", "IExecutionContext", "ILayer",
+    "ILogger", "INetworkDefinition", "IOptimizationProfile", "IOutputAllocator",
+    "IPluginCreatorInterface", "IPluginCreatorV3One", "IPluginRegistry", "IProgressMonitor",
+    "ITensor", "ITimingCache", "LayerType", "NetworkDefinitionCreationFlag", "OnnxParser",
+    "ParserError", "Runtime", "TensorIOMode", "TensorLocation",
 )  # fmt: skip
 _START = re.compile(r'py::(?:class_|enum_)<\s*([\w:]+)([^"]*?)"(\w+)"', re.DOTALL)
+#: Methods that Python may override, which are called and not defined: class and name.
+_OVERRIDE = re.compile(
+    r'(?:getOverride\(\s*static_cast<(\w+)\*>\(this\),|OVERL?OAD\w*_NAME\(\s*\w+,\s*(\w+),)\s*"(\w+)"'
+)
 _MEMBER = re.compile(r'\.(?:def\w*|value)\(\s*"(\w+)"')
 
 
@@ -40,6 +45,9 @@ def surface(source: str) -> dict[str, list[str]]:
         python[found[1].split("::")[-1]] = name
         names.setdefault(name, set()).update(_MEMBER.findall(source[found.end() : end]))
         bases.setdefault(name, []).extend(re.findall(r"\b(\w+)\b", found[2]))
+
+    for one, other, method in _OVERRIDE.findall(source):
+        names.setdefault(python.get(one or other, one or other), set()).add(method)
 
     def all_of(name: str) -> set[str]:
         own = set(names.get(name, ()))

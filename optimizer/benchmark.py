@@ -15,24 +15,18 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from optimizer.deviation import is_floating
 from optimizer.errors import ExportError, OptionError
-from optimizer.feeds import Sizes, synthesize
 from optimizer.machine import describe_machine
-from optimizer.runners.ort import OrtRunner, ort_value, translate_error
-from optimizer.samples import InputSpec, check_feed
+from optimizer.operands import Operand, Setup, Timed, make_operand
 
-#: Metadata key under which a model says how its KV cache is fed (optimizer.legalize).
-KV_CACHE_KEY = "optimize.kv_cache"
-#: Name of the length of buffers that are filled in place.
-MAX_LENGTH = "max_length"
+__all__ = ["BenchmarkResult", "Operand", "Setup", "Timing", "benchmark", "compare", "write_result"]
 
 _WARM_UP = 3
 _MIN_ROUNDS = 5
@@ -56,6 +50,7 @@ class Timing:
         interval: 95 % confidence interval of the median ratio.
         runs: Number of timed runs.
         load_seconds: Time to create the session.
+        device: "cpu", or the GPU that ran it.
     """
 
     label: str
@@ -67,6 +62,7 @@ class Timing:
     interval: tuple[float, float]
     runs: int
     load_seconds: float
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -105,111 +101,6 @@ class BenchmarkResult:
         }
 
 
-@dataclass(frozen=True)
-class Setup:
-    """How models are run.
-
-    Attributes:
-        sizes: Lengths of dynamic axes.
-        feed: Values of inputs, where they matter; the others are made up.
-        threads: Threads within an operator.
-        custom_ops: Libraries of custom operators.
-        vocabulary: Number of token ids, where known; only small ids are made up otherwise.
-    """
-
-    sizes: Sizes = field(default_factory=Sizes)
-    feed: Mapping[str, np.ndarray] = field(default_factory=dict)
-    threads: int = 1
-    custom_ops: Sequence[str | Path] = ()
-    vocabulary: int | None = None
-
-
-class Operand:
-    """One model with its feed bound, ready to be run again and again.
-
-    Where the model says that its KV cache is filled in place, past and present share a buffer.
-    """
-
-    def __init__(
-        self, model: ir.Model | str | Path, setup: Setup | None = None, *, label: str = "model"
-    ) -> None:
-        """Create the session and bind everything.
-
-        Args:
-            model: A graph, or the path of an ONNX file.
-            setup: How to run it.
-            label: What results call it.
-
-        Raises:
-            OptimizerError: The model cannot be loaded, or an axis has no length.
-        """
-        setup = setup or Setup()
-        self.label = label
-        started = time.perf_counter()
-        self._runner = OrtRunner(
-            model, threads=setup.threads, custom_ops=setup.custom_ops, rounding=False
-        )
-        self.load_seconds = time.perf_counter() - started
-        self._session = self._runner.session
-        inputs = [_with_vocabulary(s, setup.vocabulary) for s in self._runner.inputs]
-        buffers = self._buffers(model)
-        sizes = setup.sizes
-        named = {MAX_LENGTH: sizes.past + sizes.sequence} if buffers else {}
-        sizes = Sizes(sizes.batch, sizes.sequence, sizes.past, {**named, **(sizes.named or {})})
-        # The same seed for every model: inputs of the same name and shape are equal.
-        self.feed = synthesize(inputs, sizes, np.random.default_rng(0))
-        for name, array in setup.feed.items():
-            if name in self.feed:
-                dtype = self.feed[name].dtype  # of a model in half precision another one
-                self.feed[name] = array.astype(dtype) if is_floating(array) else array
-        check_feed(self.feed, self._runner.inputs, label)
-        self._bind(buffers)
-
-    def _buffers(self, model: ir.Model | str | Path) -> dict[str, str]:
-        """Cache input -> output that shares its memory."""
-        if isinstance(model, ir.Model):
-            text = model.metadata_props.get(KV_CACHE_KEY)
-        else:
-            text = self._session.get_modelmeta().custom_metadata_map.get(KV_CACHE_KEY)
-        facts = json.loads(text) if text else {}
-        return dict(facts.get("buffers", {})) if facts.get("form") == "in-place" else {}
-
-    def _bind(self, buffers: Mapping[str, str]) -> None:
-        self._binding = self._session.io_binding()
-        # OrtValues on the CPU share memory with these arrays, which must stay alive.
-        self._values = {name: ort_value(array) for name, array in self.feed.items()}
-        for name, value in self._values.items():
-            self._binding.bind_ortvalue_input(name, value)
-        shared = {present: past for past, present in buffers.items()}
-        for name in self._runner.output_names:
-            if name in shared:
-                self._binding.bind_ortvalue_output(name, self._values[shared[name]])
-            else:
-                self._binding.bind_output(name, "cpu")
-
-    def run(self) -> None:
-        """Run once; outputs are left where they are.
-
-        Raises:
-            ModelError: The run failed.
-        """
-        try:
-            self._session.run_with_iobinding(self._binding)
-        except Exception as error:
-            raise translate_error(error, self.label) from error
-
-    def outputs(self) -> dict[str, np.ndarray]:
-        """Outputs of the last run by name."""
-        arrays = self._binding.copy_outputs_to_cpu()
-        return dict(zip(self._runner.output_names, arrays, strict=True))
-
-
-def _with_vocabulary(spec: InputSpec, vocabulary: int | None) -> InputSpec:
-    if vocabulary is None or spec.name != "input_ids":
-        return spec
-    return InputSpec(spec.name, spec.dtype, spec.shape, vocabulary)
-
-
 def benchmark(
     models: Sequence[ir.Model | str | Path],
     setup: Setup | None = None,
@@ -222,7 +113,7 @@ def benchmark(
     """Time models against the first of them.
 
     Args:
-        models: Graphs or files.
+        models: Graphs, ONNX files or engines.
         setup: How to run them.
         labels: Names in the result; by default the file names.
         rounds: Turns of each model, at most; fewer where the ratios are known precisely.
@@ -235,16 +126,14 @@ def benchmark(
     """
     setup = setup or Setup()
     names = list(labels) if labels is not None else _labels(models)
-    operands = [
-        Operand(model, setup, label=name) for model, name in zip(models, names, strict=True)
-    ]
+    operands = [make_operand(model, setup, name) for model, name in zip(models, names, strict=True)]
     return compare(
         operands, threads=setup.threads, rounds=rounds, seconds=seconds, progress=progress
     )
 
 
 def compare(
-    operands: Sequence[Operand],
+    operands: Sequence[Timed],
     *,
     threads: int = 1,
     rounds: int = 30,
@@ -283,7 +172,7 @@ def _labels(models: Sequence[ir.Model | str | Path]) -> list[str]:
     ]
 
 
-def _warm_up(operand: Operand) -> int:
+def _warm_up(operand: Timed) -> int:
     """Run a few times; returns the number of runs that fill one turn."""
     fastest = float("inf")
     for _ in range(_WARM_UP):
@@ -293,7 +182,7 @@ def _warm_up(operand: Operand) -> int:
     return int(min(max(1, _TURN // max(fastest, 1e-9)), _MAX_RUNS))
 
 
-def _turn(operand: Operand, repeats: int) -> np.ndarray:
+def _turn(operand: Timed, repeats: int) -> np.ndarray:
     """Latencies in seconds; the first run, which finds another model's caches, does not count."""
     operand.run()
     result = np.empty(repeats)
@@ -331,7 +220,7 @@ def _precise(turns: Sequence[Sequence[np.ndarray]]) -> bool:
     return True
 
 
-def _timing(operand: Operand, turns: list[np.ndarray], first: list[np.ndarray]) -> Timing:
+def _timing(operand: Timed, turns: list[np.ndarray], first: list[np.ndarray]) -> Timing:
     runs = np.concatenate(turns) * 1e3
     ratios = _ratios(turns, first)
     quartiles = np.percentile(ratios, [25, 75])
@@ -345,6 +234,7 @@ def _timing(operand: Operand, turns: list[np.ndarray], first: list[np.ndarray]) 
         interval=_interval(ratios),
         runs=len(runs),
         load_seconds=operand.load_seconds,
+        device=getattr(operand, "device", "cpu"),
     )
 
 

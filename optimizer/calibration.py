@@ -177,6 +177,16 @@ class Calibration:
             progress=self.progress,
         )
 
+    def sized(self, batch: int) -> Calibration:
+        """The same with this many samples per batch."""
+        return Calibration(
+            self.samples,
+            batch=batch,
+            threads=self._threads,
+            custom_ops=self._custom_ops,
+            progress=self.progress,
+        )
+
     @property
     def batch(self) -> int:
         """Samples per batch."""
@@ -218,10 +228,11 @@ class Calibration:
 
     def reference(self, model: ir.Model) -> Reference:
         """Run ``model`` on all samples and keep its primary output for ``drift``."""
-        specs = input_specs(model)
+        return self.reference_of(self.runner(model), input_specs(model), primary_output(model))
+
+    def reference_of(self, runner: Runner, specs: Sequence[InputSpec], output: str) -> Reference:
+        """The same with whatever runs a model: its inputs accept ``specs``."""
         samples = self.samples.bind(specs)
-        runner = self.runner(model)
-        output = primary_output(model)
         kept: list[np.ndarray] = []
         size, done, complete = 0, 0, True
         for batch in samples.iterate(self.batch):
@@ -245,8 +256,11 @@ class Calibration:
         Raises:
             CalibrationError: The model lacks the output, or its shape differs.
         """
-        samples = reference.samples.bind(input_specs(model))
-        runner = self.runner(model)
+        return self.drift_of(reference, self.runner(model), input_specs(model))
+
+    def drift_of(self, reference: Reference, runner: Runner, specs: Sequence[InputSpec]) -> Drift:
+        """The same with whatever runs a model: its inputs accept ``specs``."""
+        samples = reference.samples.bind(specs)
         if reference.output not in runner.output_names:
             raise CalibrationError(
                 f"drift cannot be measured: the model has no output '{reference.output}' any more; "

@@ -9,7 +9,7 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -18,17 +18,17 @@ import onnx_ir as ir
 
 from optimizer import __version__
 from optimizer.api import optimize
+from optimizer.engine_check import Evaluation, check_numbers
 from optimizer.engines.child import installed_version, run_build
 from optimizer.engines.flavours import Flavour, check_options, flavour_of
 from optimizer.engines.library_path import find_plugins
 from optimizer.engines.profiles import LONGEST, make_profiles, parse_shapes
 from optimizer.engines.request import BuildRequest
 from optimizer.errors import EngineError, ExportError, OptionError, UnsupportedError
-from optimizer.export.onnx_file import manifest_path
 from optimizer.hashing import hash_file
 from optimizer.job import Result
 from optimizer.listener import Listener, Silent
-from optimizer.model_writer import check_output, complete_or_nothing
+from optimizer.model_writer import check_output, complete_or_nothing, manifest_path
 
 MANIFEST_VERSION = 1
 #: Tokens below which no shorter default is tried.
@@ -135,12 +135,44 @@ def build_model(
         result = optimize(model, passes, target=exact, output=legal, **given)
         if result.path is None:
             raise OptionError("--dry-run: 'optimize build' always builds; drop one of the two")
-        made = build_file(legal, exact, options, listener=given.get("listener"), source=source)
+        evaluation = _evaluation(result, source, given)
+        made = build_file(
+            legal, exact, options, listener=given.get("listener"), source=source,
+            evaluation=evaluation,
+        )  # fmt: skip
         return replace(made, result=result)
 
 
-def build_result(result: Result, options: EngineOptions, listener: Listener) -> EngineResult:
+def _evaluation(
+    result: Result, original: Path | None, given: Mapping[str, Any]
+) -> Evaluation | None:
+    """The data of a run, for its engine."""
+    settings = result.recipe.settings
+    if settings.verify == "off":
+        return None
+    data = [given.get("evaluation"), settings.evaluation]
+    data += [given.get("calibration"), settings.calibration]
+    return Evaluation(
+        original,
+        next((item for item in data if item is not None), None),
+        settings.samples,
+        int(given.get("threads") or 1),
+        tuple(Path(item) for item in given.get("custom_ops") or ()),
+        settings.budget,
+        bool(given.get("keep_missed")),
+    )
+
+
+def build_result(
+    result: Result, options: EngineOptions, listener: Listener, **given: Any
+) -> EngineResult:
     """Build an engine of a result that was written for its target.
+
+    Args:
+        result: Of ``api.optimize``.
+        options: Of the engine.
+        listener: Is told the phases.
+        given: What ``api.optimize`` was given.
 
     Raises:
         OptimizerError: See ``optimizer.errors``; the result stays, no engine is written.
@@ -149,7 +181,12 @@ def build_result(result: Result, options: EngineOptions, listener: Listener) -> 
         raise OptionError("--engine: the result was not written, so there is nothing to build")
     target = result.recipe.settings.target
     exact_target(target, installed_version(flavour_of(target)))
-    return build_file(result.path, target, options, listener=listener)
+    source = Path(result.report.source)
+    original = source if source.is_file() else None
+    return build_file(
+        result.path, target, options, listener=listener,
+        evaluation=_evaluation(result, original, given),
+    )  # fmt: skip
 
 
 def exact_target(target: str, version: str) -> str:
@@ -178,8 +215,9 @@ def build_file(
     *,
     listener: Listener | None = None,
     source: Path | None = None,
+    evaluation: Evaluation | None = None,
 ) -> EngineResult:
-    """Build an engine of a file that already has the form of its target.
+    """Build an engine of a file that already has the form of its target, and run it where it runs.
 
     Args:
         legal: The ONNX file.
@@ -187,6 +225,7 @@ def build_file(
         options: Of the engine.
         listener: Is told the phases.
         source: The model that ``legal`` was made from, for the manifest.
+        evaluation: What its numbers are compared with; None = they are not.
 
     Raises:
         OptimizerError: See ``optimizer.errors``; nothing is written then.
@@ -219,6 +258,10 @@ def build_file(
         with _log(options.log) as log:
             request, facts = _run(request, model, options, listener or Silent(), log)
         manifest = _manifest(model, legal, source, target, request, facts)
+        manifest["checked"] = check_numbers(
+            Path(request.output), legal, manifest, evaluation,
+            plugins=plugins, listener=listener or Silent(),
+        )  # fmt: skip
         files = _write(request, options, manifest)
     return EngineResult(options.output, manifest, files)
 
@@ -279,6 +322,7 @@ def _manifest(
         "flavour": request.flavour,
         "version": facts["version"],
         "compute_capabilities": sorted(request.capabilities) or None,
+        "gpu": facts["gpu"],
         "hardware_compatible": request.hardware_compatible,
         "version_compatible": request.version_compatible,
         "profiles": request.profiles,

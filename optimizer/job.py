@@ -19,13 +19,13 @@ from optimizer.calibration import Calibration, input_specs
 from optimizer.custom_ops.bodies import plugins_of
 from optimizer.data_files import count_files
 from optimizer.errors import BudgetError, OptionError
-from optimizer.export.onnx_file import manifest_path, write_result, write_text
+from optimizer.export.onnx_file import write_result, write_text
 from optimizer.feeds import Sizes
 from optimizer.generation import self_samples
 from optimizer.listener import Listener, Silent
 from optimizer.model_io import BackgroundHashes, external_files, load_model
 from optimizer.model_tensors import belongs
-from optimizer.model_writer import ExternalData, check_output
+from optimizer.model_writer import ExternalData, check_output, manifest_path
 from optimizer.pipeline import Data, Run, require_data
 from optimizer.recipe import Recipe, to_toml
 from optimizer.report import RunReport, make_manifest

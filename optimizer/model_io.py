@@ -32,6 +32,9 @@ from optimizer.model_tensors import (
 from optimizer.model_writer import save_model, size_text
 from optimizer.proto_text import mend_text
 
+#: How plans of TensorRT begin (``engines.plan``).
+_ENGINES = (b"ftrt", b"vtrt")
+
 __all__ = [
     "BackgroundHashes",
     "external_files",
@@ -121,6 +124,9 @@ def _check_file(path: Path) -> None:
     if head == LFS_HEAD:
         msg = "is a Git LFS pointer, not the model itself; fetch it with 'git lfs pull'"
         raise ModelError(msg)
+    if head.startswith(_ENGINES):
+        msg = "is a TensorRT engine, not a model: 'optimize inspect', check and bench take it;"
+        raise ModelError(f"{msg} to optimize, give the ONNX model that it was built from")
 
 
 def _read(path: Path) -> ir.Model:

@@ -48,6 +48,11 @@ def data_paths(path: Path, count: int = 1) -> tuple[Path, ...]:
     return tuple(path.with_name(f"{path.name}.{n}.data") for n in range(1, count + 1))
 
 
+def manifest_path(output: Path) -> Path:
+    """Where the manifest of a model or an engine written to ``output`` goes."""
+    return output.with_name(output.name + ".manifest.json")
+
+
 @dataclass(frozen=True)
 class Companion:
     """A further file, which tells about those of the model and appears together with them.

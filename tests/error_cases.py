@@ -8,6 +8,7 @@ names the functions that refuse, so that none in the program is without a row.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -22,9 +23,12 @@ import onnx
 import onnx.helper as oh
 import onnx.numpy_helper as onh
 import pytest
+from fake_machine import elf
 from fuzzing.bombs import nested_functions
 from fuzzing.files import holding
+from played_cuda import stage
 
+from optimizer.hashing import hash_file
 from optimizer.model_io import save_model
 
 DEMO = Path(demo_passes.__file__)
@@ -164,6 +168,8 @@ FILES = (
         ("not a plain file",), lambda p: [os.mkfifo(p.folder / "pipe") or p.folder / "pipe"]),
     Row("MODEL is a Git LFS pointer", 2, "`git lfs pull`", ("git lfs pull",),
         lambda p: [p.write(b"version https://git-lfs.github.com/spec/v1\noid x\n")]),
+    Row("MODEL is a TensorRT engine", 2, "the commands that take one",
+        ("is a TensorRT engine", "'optimize inspect'"), lambda p: [p.write(b"ftrt" + bytes(60))]),
     Row("MODEL is no ONNX file, or is cut short", 2, "a complete file",
         ("not an ONNX model", "cut short", "complete"), lambda p: [p.write(b"no model\n" * 100)],
         ("model_io._parse",)),
@@ -516,6 +522,49 @@ def _wrong_plugin(place: Place) -> Words:
     return _pretend(place, "ok", "--plugin", path)
 
 
+def _other_major(place: Place) -> Words:
+    path = place.folder / "plugin.so"
+    path.write_bytes(elf(["libc.so.6", "libnvinfer.so.10"]))
+    return _pretend(place, "ok", "--plugin", path)
+
+
+def _engine(
+    place: Place,
+    mode: str = "ok",
+    *,
+    gpus: int = 1,
+    version: str = "10.3.0.30",
+    facts: dict[str, Any] | None = None,
+    shapes: tuple[str, Any] | None = None,
+    length: int = 3,
+    run: str = "check",
+) -> Words:
+    """An engine of TensorRT 10.3 on a played GPU, and the command that runs it."""
+    driver = stage(place.patch, version=version)
+    del driver.gpus[gpus:]
+    place.patch.setenv("FAKE_TENSORRT", mode)
+    from tensorrt._runtime import pack
+
+    model = onnx.ModelProto.FromString(graph([_NODE("MatMul", ["x", "w"], ["y"], "first")]))
+    if shapes is not None:
+        del model.graph.node[:]
+        model.graph.node.append(_NODE("Identity", ["x"], ["y"]))
+        for value in (model.graph.input[0], model.graph.output[0]):
+            value.type.tensor_type.shape.dim[1].dim_param = "n"
+    place.write(model.SerializeToString())
+    path = place.folder / "x.engine"
+    if run == "build":
+        return ["build", place.model, "-o", path]
+    profiles = [] if shapes is None else [dict([shapes])]
+    path.write_bytes(pack("10.3.0.30", profiles, (), model))
+    content = {
+        "engine": {"sha256": hash_file(path)}, "compute_capabilities": None, "plugins": [],
+        "version_compatible": False, "profiles": profiles, **(facts or {}),
+    }  # fmt: skip
+    path.with_name("x.engine.manifest.json").write_text(json.dumps(content))
+    return ["check", place.model, path, "--eval", place.npz(x=np.ones((2, length), np.float32))]
+
+
 ENGINES = (
     Row("`build`: a target without engines", 2, "those that have", ("has no engines",),
         lambda p: ["build", p.small, "--target", "ort-cpu"], ("engines.flavours.flavour_of",)),
@@ -564,7 +613,45 @@ ENGINES = (
         ("is no TensorRT engine",), lambda p: _plan(p, b"junk" * 20), ("engines.plan.read_plan",)),
     Row("`inspect`: an engine that is not the one of its manifest", 7, "build or copy both again",
         ("is no manifest of an engine",),
-        lambda p: _plan(p, b"ftrt" + bytes(60), "{}"), ("engine_inspection._manifest",)),
+        lambda p: _plan(p, b"ftrt" + bytes(60), "{}"), ("engines.manifest.read_manifest",)),
+    Row("an engine where there is no NVIDIA driver, or no GPU", 6, "which of them",
+        ("x.engine: cannot be run here", "driver shows no GPU"), lambda p: _engine(p, gpus=0),
+        ("engines.loading.load_engine",)),
+    Row("an engine of another version of TensorRT", 7, "both versions",
+        ("TensorRT 10.3.0.30 built this engine, 11.1.0.0 is installed here",),
+        lambda p: _engine(p, version="11.1.0.0"), ("engines.loading.load_engine",)),
+    Row("an engine for another GPU", 7, "which it needs, and which is here",
+        ("needs a GPU like the L4", "here is Played GPU (8.9)"),
+        lambda p: _engine(p, facts={"gpu": {"name": "L4", "capability": "8.6"}}),
+        ("engines.loading._fitting",)),
+    Row("an engine that is damaged inside", 7, "build it again",
+        ("the engine is damaged", "build it again"), lambda p: _engine(p, "corrupt")),
+    Row("an engine that does not fit into the GPU's memory", 7, "smaller profiles",
+        ("not enough memory on the GPU", "--shapes"), lambda p: _engine(p, "no gpu memory")),
+    Row("an engine with a plugin that nothing registers", 7, "what is registered, and `--plugin`",
+        ("lacks a plugin", "--plugin", "Registered: acme::Turn"),
+        lambda p: _engine(p, "plugin missing")),
+    Row("a plugin library of an engine is missing, or is another one", 7, "`--plugin`",
+        ("needs the plugin library turn.so", "--plugin"),
+        lambda p: _engine(p, facts={"plugins": [{"file": "turn.so", "sha256": ""}]}),
+        ("engines.library_path.find_engine_plugins",)),
+    Row("a plugin library for another major version of TensorRT", 7, "both versions",
+        ("is built for TensorRT 10 (libnvinfer.so.10), this is TensorRT 11", "build it again"),
+        _other_major),
+    Row("inputs that no optimization profile of an engine takes", 2, "the range of each",
+        ("no optimization profile fits: found 'x' [2, 9]", "takes [2, 1] to [2, 4]"),
+        lambda p: _engine(p, shapes=("x", ((2, 1), (2, 3), (2, 4))), length=9),
+        ("runners.tensorrt.TensorRTRunner._choose",)),
+    Row("an engine that fails while it runs", 7, "the GPU, and what it said",
+        ("the engine cannot be run on Played GPU: it failed: Error Code 7",),
+        lambda p: _engine(p, "fails")),
+    Row("`build`: the engine computes something else than the model", 3, "by how much",
+        ("the engine's output 'y' differs", "no engine was written"),
+        lambda p: [*_engine(p, "wrong engine", run="build"), "--target", "tensorrt"],
+        ("engine_check.check_numbers",)),
+    Row("`bench --target ort-cuda` without ONNX Runtime for CUDA", 6, "what to install",
+        ("has no CUDAExecutionProvider", "optimize-onnx[gpu]"),
+        lambda p: ["bench", p.small, "--target", "ort-cuda"], ("runners.ort_device.providers",)),
 )  # fmt: skip
 
 GROUPS: dict[str, tuple[Row, ...]] = {
@@ -584,6 +671,7 @@ ANSWERS = (
 
 #: Only who programs with the package meets these, or nobody: the program has a way around.
 INTERNAL = "internal"
+_FAILS = "an engine that fails while it runs"
 _NO_ENGINE = "TensorRT builds no engine"
 _PROFILE = "`--shapes` that contradict the model or each other"
 _PLUGIN = "a plugin library that is none, or of another TensorRT"
@@ -612,7 +700,7 @@ VARIANTS = {
     "benchmark.write_result": INTERNAL,
     "bisect_job.BisectJob._check_wanted": _CHECK,
     "bisection.Bisection._halve_stages": _CHECK,
-    "calibration.Calibration.drift": INTERNAL,
+    "calibration.Calibration.drift_of": INTERNAL,
     "calibration.Reference.array": INTERNAL,
     "calibration.primary_output": INTERNAL,
     "checks._check_interface": _GRAPH,
@@ -635,8 +723,11 @@ VARIANTS = {
     "engines.build._config": "an option that this TensorRT does not obey",
     "engines.build._parse": "an operator that TensorRT does not take",
     "engines.build.build": _NO_ENGINE,
-    "engines.library._check_library": _PLUGIN,
+    "engines.cuda.Driver.__init__": "an engine where there is no NVIDIA driver, or no GPU",
+    "engines.cuda.Driver.call": _FAILS,
+    "engines.library._check_library": "a plugin library for another major version of TensorRT",
     "engines.library._load_rtx": INTERNAL,
+    "engines.loading._content": "`inspect`: no engine, or a damaged one",
     "engines.library.check_creators": "an operator that TensorRT does not take",
     "engines.library.import_tensorrt": _NO_RT,
     "engines.library.load_plugins": _PLUGIN,
@@ -714,6 +805,9 @@ VARIANTS = {
     "runners.decode.DecodeSession._run": INTERNAL,
     "runners.decode.DecodeSession.prefill": INTERNAL,
     "runners.ort.OrtRunner._serialize": "ONNX Runtime cannot run the model",
+    "runners.ort_device.check_device": "`bench --target ort-cuda` without ONNX Runtime for CUDA",
+    "runners.tensorrt.TensorRTRunner._tensor": _FAILS,
+    "runners.tensorrt.TensorRTRunner.primary_output": INTERNAL,
     "runners.ort.import_onnxruntime": "ONNX Runtime, torch or transformers is not installed",
     "runners.reference.ReferenceRunner.__init__": INTERNAL,
     "runners.reference.ReferenceRunner.run": INTERNAL,

@@ -37,11 +37,12 @@ LAYERS = [
         "observers calibration pass_base graphsurgeon external_passes quantization pruning "
         "precision sparse_layers sparse_replacement tokens generation legalize",
         "passes pass_template",
-        "budget recipe provenance report footprint verify pipeline benchmark export inspection "
-        "token_picture "
+        "budget recipe provenance report footprint verify pipeline operands benchmark export "
+        "inspection token_picture "
         "comparison divergence judges command_judge stages shares bisection "
         "conformance",
-        "progress job bisect_job api engine_job bundle_job engine_inspection cli __main__",
+        "progress job bisect_job api engine_check engine_job bundle_job engine_inspection "
+        "cli __main__",
     )
 ]
 #: Where these may be imported; everything else works without them.

@@ -22,10 +22,12 @@ import rule_case
 from onnx import TensorProto, helper, numpy_helper
 
 from optimizer import graph as graphs
+from optimizer.custom_ops import library as custom_library
 from optimizer.custom_ops.bodies import left_out
 from optimizer.custom_ops.cuda_layout import most_values, pack_cuda
 from optimizer.custom_ops.declaration import DOMAIN, OP_TYPE, declaration_hash
 from optimizer.engine_job import EngineOptions, build_file
+from optimizer.engines import library_path
 from optimizer.errors import EngineError
 from optimizer.hashing import hash_file
 from optimizer.pass_base import Context
@@ -93,6 +95,33 @@ def test_plugin_exports_what_tensorrt_looks_for_and_nothing_else(built):
         "setLoggerFinder",
         "getCreators",
     }
+
+
+@pytest.mark.tensorrt
+@needs_nvcc
+def test_an_installation_has_the_plugin_where_it_is_looked_for(built, tmp_path, monkeypatch):
+    install = ["cmake", "--install", built.parent.parent, "--component", "tensorrt"]
+    subprocess.run([*install, "--prefix", tmp_path], check=True, capture_output=True)
+    native = tmp_path / "optimizer" / "native"
+    monkeypatch.delenv(library_path.VARIABLE, raising=False)
+    monkeypatch.setattr(custom_library, "_FOLDER", native)
+    assert library_path.find_plugins((), {DOMAIN}) == (native / "liboptimize_tensorrt.so",)
+
+
+@pytest.mark.native
+@needs_nvcc
+def test_a_build_that_must_have_the_plugin_fails_without_headers(tmp_path):
+    if shutil.which("cmake") is None:
+        pytest.skip("there is no cmake on the PATH")
+    configure = [
+        "cmake", "-S", ROOT / "plugins", "-B", tmp_path, "-DOPTIMIZE_CUDA=ON",
+        "-DOPTIMIZE_TENSORRT=ON", "-DTENSORRT_INCLUDE_DIR=TENSORRT_INCLUDE_DIR-NOTFOUND",
+        "-DCMAKE_FIND_ROOT_PATH=/nowhere", "-DCMAKE_FIND_ROOT_PATH_MODE_INCLUDE=ONLY",
+    ]  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if k != "TENSORRT_INCLUDE_DIR"}
+    run = subprocess.run(configure, capture_output=True, text=True, check=False, env=environment)
+    assert run.returncode != 0
+    assert "NvInferRuntime.h was not found: give its folder" in " ".join(run.stderr.split())
 
 
 @pytest.mark.tensorrt

@@ -108,7 +108,7 @@ def build_command(model: str, **options: Any) -> int:
     if as_json:
         screen.print_json({"files": [str(item) for item in made.files], **made.manifest})
     elif not quiet:
-        print_engine(made.manifest, made.files)
+        print_engine(model, made.manifest, made.files)
     return EXIT_DONE
 
 
@@ -163,8 +163,9 @@ def default_output(model: str) -> Path:
     return Path(f"{name}.engine")
 
 
-def print_engine(manifest: dict[str, Any], files: tuple[Path, ...]) -> None:
-    """What was built, in a few lines."""
+def print_engine(model: str, manifest: dict[str, Any], files: tuple[Path, ...]) -> None:
+    """What was built, in a few lines, and what to do with it."""
+    from optimizer.cli.screen import drift_dict_text
     from optimizer.model_writer import size_text
 
     gpus = manifest["compute_capabilities"]
@@ -180,5 +181,20 @@ def print_engine(manifest: dict[str, Any], files: tuple[Path, ...]) -> None:
             for name, three in profile.items()
         )
         click.echo(f"profile {index}: {shapes}")
+    checked = manifest["checked"]
+    if "skipped" in checked:
+        click.echo(f"engine not run: {checked['skipped']}")
+    else:
+        drift = drift_dict_text(checked["drift"])
+        click.echo(f"engine on {checked['samples']} samples from {checked['data']}: {drift}")
     size = size_text(manifest["engine"]["bytes"])
     click.echo(f"wrote {', '.join(str(item) for item in files)} ({size})")
+    against = f"{model} " if Path(model).is_file() else "MODEL.onnx "
+    if "skipped" not in checked:
+        click.echo(f"next: optimize bench {against}{files[0]}")
+        return
+    needed = [str(item) for item in files[:2]] + [item["file"] for item in manifest["plugins"]]
+    click.echo(
+        f"next: copy {', '.join(needed)} to a machine with such a GPU, and there: "
+        f"optimize check {against}{files[0].name}"
+    )

@@ -108,14 +108,19 @@ def run(model: str, **options: Any) -> int:
         except VerificationError as error:
             error.add_note(f"next: {bisect_words()}")
             raise
-        made = None if engine is None else _build(result, engine, listener)
+        made = None if engine is None else _build(result, engine, listener, keep=keep, **given)
     if as_json:
         extra = {} if made is None else {"engine": made.manifest}
         screen.print_json({**screen.result_as_dict(result), **extra})
     elif not quiet:
-        screen.print_result(result, explain=explain, dry_run=bool(options["dry_run"]))
+        dry_run = bool(options["dry_run"])
+        screen.print_result(result, explain=explain, dry_run=dry_run, hint=made is None)
         if made is not None:
-            print_engine(made.manifest, made.files)
+            print_engine(model, made.manifest, made.files)
+    missed = None if made is None else made.manifest["checked"].get("missed")
+    if missed:
+        click.echo(f"optimize: {missed}; written because of --keep", err=True)
+        return EXIT_BUDGET
     if result.report.missed is not None:
         click.echo(f"optimize: {result.report.missed}; written because of --keep", err=True)
         return EXIT_BUDGET
@@ -136,10 +141,12 @@ def _engine_options(options: dict[str, Any]) -> EngineOptions | None:
     return engine
 
 
-def _build(result: Result, engine: EngineOptions, listener: Listener) -> EngineResult:
+def _build(
+    result: Result, engine: EngineOptions, listener: Listener, *, keep: bool, **given: Any
+) -> EngineResult:
     from optimizer.engine_job import build_result
 
-    return build_result(result, engine, listener)
+    return build_result(result, engine, listener, keep_missed=keep, **given)
 
 
 def bisect_words() -> str:

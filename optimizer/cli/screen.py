@@ -18,6 +18,7 @@ from optimizer.metrics import Drift
 from optimizer.model_writer import size_text
 from optimizer.pass_base import Exactness, Skip
 from optimizer.report import Row, RunReport
+from optimizer.targets import DEFAULT_TARGET, get_target
 
 if TYPE_CHECKING:
     from optimizer.api import Result
@@ -55,8 +56,8 @@ def result_as_dict(result: Result) -> dict[str, Any]:
     }
 
 
-def print_result(result: Result, *, explain: bool, dry_run: bool) -> None:
-    """Header, table, reasons, drift, files, next step."""
+def print_result(result: Result, *, explain: bool, dry_run: bool, hint: bool = True) -> None:
+    """Header, table, reasons, drift, files, and with ``hint`` the next step."""
     out, report = console(), result.report
     before = report.before
     out.print(
@@ -80,8 +81,22 @@ def print_result(result: Result, *, explain: bool, dry_run: bool) -> None:
         size = sum(item.stat().st_size for item in result.files[:-1])
         rest = "".join(f", {item.name}" for item in result.files[1:])
         out.print(plain(f"wrote {result.path}{rest} ({size_text(size)})"))
-        against = f"{report.source} " if Path(report.source).is_file() else ""
-        out.print(plain(f"next: optimize bench {against}{result.path}"))
+        if hint:
+            out.print(plain(f"next: {_next_step(result, result.path)}"))
+
+
+def _next_step(result: Result, path: Path) -> str:
+    """What a file for its target is for."""
+    name = result.recipe.settings.target
+    target = get_target(name)
+    if target.runtime == "onnxruntime":
+        source = result.report.source
+        against = f"{source} " if Path(source).is_file() else ""
+        device = "" if name == DEFAULT_TARGET else f"--target {name} "
+        return f"optimize bench {device}{against}{path}"
+    made = "a folder for the device" if name == "jetson" else "an engine"
+    where = f", where TensorRT {name.rpartition('-')[2]} and its GPU are" * name[-1].isdigit()
+    return f"make {made} of it{where}: optimize build {path} --target {name}"
 
 
 def _table(report: RunReport, *, narrow: bool) -> Table:
@@ -193,6 +208,12 @@ def drift_text(drift: Drift) -> str:
     return ", ".join(parts)
 
 
+def drift_dict_text(drift: dict[str, float]) -> str:
+    """The same of ``Drift.as_dict``."""
+    known = {key: value for key, value in drift.items() if key != "perplexity_ratio"}
+    return drift_text(Drift(**known))  # type: ignore[arg-type]
+
+
 def print_bench(result: BenchmarkResult) -> None:
     """The answer of ``optimize bench``."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
@@ -212,10 +233,12 @@ def print_bench(result: BenchmarkResult) -> None:
     out.print(table)
     shapes = ", ".join(f"{name} {list(shape)}" for name, shape in list(result.shapes.items())[:4])
     more = f", ... {len(result.shapes) - 4} more" if len(result.shapes) > 4 else ""
+    gpus = sorted({timing.device for timing in result.timings} - {"cpu"})
     out.print(
         plain(
             f"{result.rounds} rounds, {result.threads} thread(s), {shapes}{more}\n"
-            f"{result.machine['cpu']}, ONNX Runtime {result.machine['versions']['onnxruntime']}"
+            f"{', '.join((result.machine['cpu'], *gpus))}, "
+            f"ONNX Runtime {result.machine['versions']['onnxruntime']}"
         )
     )
 

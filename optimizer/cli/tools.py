@@ -42,6 +42,14 @@ _samples = click.option("--samples", type=int, metavar="N", help="Use the first 
 _custom_ops = click.option(
     "--custom-ops", type=_FILE, multiple=True, metavar="LIB", help="Library of custom operators."
 )
+_plugins = click.option(
+    "--plugin",
+    "plugins",
+    type=_FILE,
+    multiple=True,
+    metavar="LIB",
+    help="Plugin library of an engine (repeatable); those it was built with are found by itself.",
+)
 _threads = click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
 
 
@@ -69,11 +77,12 @@ def inspect_command(
 ) -> int:
     """Show what is in MODEL: inputs, outputs, operators, blocks, sizes, provenance.
 
-    Of a TensorRT engine (FILE.engine, FILE.plan): what it needs, and what this machine has.
+    Of a TensorRT engine: what it needs, and what this machine has.
     """
     from optimizer.cli import screen
+    from optimizer.engines.plan import is_engine
 
-    if model.suffix in (".engine", ".plan"):
+    if is_engine(model):
         from optimizer.engine_inspection import describe_engine
 
         found = describe_engine(model)
@@ -103,8 +112,8 @@ def inspect_command(
 
 
 @click.command("check", context_settings=_HELP)
-@click.argument("first", metavar="A.onnx", type=_FILE)
-@click.argument("second", metavar="B.onnx", type=_FILE)
+@click.argument("first", metavar="A", type=_FILE)
+@click.argument("second", metavar="B", type=_FILE)
 @click.option(
     "--budget",
     metavar="LIMITS",
@@ -116,11 +125,14 @@ def inspect_command(
 @_samples
 @_threads
 @_custom_ops
+@_plugins
 @_json
 def check_command(first: Path, second: Path, budget: str, as_json: bool, **options: Any) -> int:  # noqa: FBT001
     """Compare the outputs of A and B on sample data; exit 3 if B drifts further than LIMITS.
 
-    Without --eval, A.eval.npz or A.calibration.npz beside A is used, else random inputs.
+    Each is an ONNX model, which ONNX Runtime runs on the CPU, or a TensorRT engine, which
+    needs a GPU. Without --eval, A.eval.npz or A.calibration.npz beside A is used, else random
+    inputs.
     """
     from optimizer.budget import Budget
     from optimizer.cli import screen
@@ -147,31 +159,56 @@ def check_command(first: Path, second: Path, budget: str, as_json: bool, **optio
 
 
 @click.command("bench", context_settings=_HELP)
-@click.argument("models", metavar="A.onnx [B.onnx ...]", type=_FILE, nargs=-1, required=True)
+@click.argument("models", metavar="A [B ...]", type=_FILE, nargs=-1, required=True)
 @shape_option
+@click.option(
+    "--target",
+    type=click.Choice(["ort-cpu", "ort-cuda"]),
+    default="ort-cpu",
+    show_default=True,
+    help="What ONNX Runtime runs ONNX models on.",
+)
 @_threads
 @click.option("--rounds", type=click.IntRange(3), default=30, show_default=True)
 @click.option(
     "--require-speedup", type=float, metavar="X", help="Exit 4 unless the last is X times faster."
 )
 @_custom_ops
+@_plugins
 @_json
 def bench_command(models: tuple[Path, ...], as_json: bool, **options: Any) -> int:  # noqa: FBT001
-    """Measure the latency of models on the CPU, taking turns, against that of the first."""
+    """Measure the latency of models, taking turns, against that of the first.
+
+    Each is an ONNX model or a TensorRT engine. Inputs and outputs are in the memory of the device:
+    copies between a GPU and the host are not part of a latency.
+    """
     from optimizer.benchmark import Setup, benchmark
     from optimizer.calibration import input_specs
     from optimizer.cli import screen
+    from optimizer.engines.plan import is_engine
     from optimizer.feeds import Sizes
     from optimizer.model_io import load_model
     from optimizer.progress import start_listening
+    from optimizer.targets import get_target
 
     required, rounds = options.pop("require_speedup"), options.pop("rounds")
     sizes = Sizes.parse(options.pop("shapes"))
+    device = get_target(options.pop("target")).device
     with start_listening(quiet=as_json, verbose=False) as listener:
-        loaded = [load_model(path, options["custom_ops"], check_numbers=False) for path in models]
-        vocabulary = next((s.vocab for s in input_specs(loaded[0]) if s.vocab is not None), None)
+        loaded = [
+            load_model(path, options["custom_ops"], check_numbers=False)
+            for path in models
+            if not is_engine(path)
+        ]
+        specs = [spec for model in loaded[:1] for spec in input_specs(model)]
         listener.stage("measuring latency")
-        setup = Setup(sizes=sizes, vocabulary=vocabulary, **options)
+        setup = Setup(
+            sizes=sizes,
+            vocabulary=next((s.vocab for s in specs if s.vocab is not None), None),
+            axes={spec.name: spec.shape for spec in specs},
+            device=device,
+            **options,
+        )
         result = benchmark(models, setup, rounds=rounds, progress=listener.progress)
     if as_json:
         screen.print_json(result.as_dict())

@@ -35,12 +35,17 @@ def _places() -> Iterator[Path]:
     if named := os.environ.get(VARIABLE):
         yield Path(named)
         return
-    yield _FOLDER / _NAME
+    yield from installed_places(_NAME)
+
+
+def installed_places(name: str) -> Iterator[Path]:
+    """Where an installation has a compiled library, the usual place first."""
+    yield _FOLDER / name
     try:  # an editable installation keeps what was compiled apart from the sources
         files = metadata.distribution("optimize-onnx").files or ()
     except metadata.PackageNotFoundError:
         return
-    yield from (Path(str(file.locate())) for file in files if file.name == _NAME)
+    yield from (Path(str(file.locate())) for file in files if file.name == name)
 
 
 @functools.cache

@@ -7,14 +7,16 @@ Networks are strongly typed: types are what the model says. Runs in a process of
 from __future__ import annotations
 
 import collections
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from optimizer.engines.cuda import Driver
 from optimizer.engines.flavours import FLAVOURS
 from optimizer.engines.library import check_creators, import_tensorrt, load_plugins
 from optimizer.engines.request import BuildRequest
-from optimizer.errors import EngineError, OptionError
+from optimizer.errors import EngineError, OptimizerError, OptionError
 
 #: Is given one event, which JSON can hold.
 Tell: TypeAlias = Callable[[dict[str, Any]], None]
@@ -46,7 +48,7 @@ def build(request: BuildRequest, tell: Tell) -> dict[str, Any]:
     except (TypeError, RuntimeError) as error:
         msg = f"{flavour.title} {trt.__version__} made no builder: {error}; it needs an NVIDIA GPU"
         raise EngineError(f"{msg} and driver, or use --target tensorrt-rtx") from error
-    plugins = load_plugins(trt, [Path(item) for item in request.plugins])
+    plugins = load_plugins(trt, [Path(item) for item in request.plugins], logger.errors)
     check_creators(trt.get_plugin_registry(), request.custom)
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if typed is None else 1 << int(typed))
@@ -72,7 +74,16 @@ def build(request: BuildRequest, tell: Tell) -> dict[str, Any]:
         "plugins": plugins,
         "plugin_layers": sum(item["type"].startswith("PLUGIN") for item in layers),
         "decomposable_attention": split,
+        "gpu": None if flavour.capabilities else _gpu(),
     }
+
+
+def _gpu() -> dict[str, str] | None:
+    """The GPU that an engine was built on and for."""
+    with contextlib.suppress(OptimizerError):
+        device = Driver().devices[0]
+        return {"name": device.name, "capability": device.capability}
+    return None
 
 
 def _logger(trt: Any, tell: Tell) -> Any:

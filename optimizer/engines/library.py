@@ -27,6 +27,9 @@ from optimizer.errors import EngineError, MissingDependencyError, UnsupportedErr
 _RTX_LIBRARIES = ("libtensorrt_rtx.so", "libtensorrt_onnxparser_rtx.so")
 #: Keeps the links until the process ends.
 _links: list[tempfile.TemporaryDirectory[str]] = []
+#: (module, library) -> what ``load_plugins`` says of it; they stay until the process ends.
+_loaded: dict[tuple[str, Path], dict[str, Any]] = {}
+_RTX = "TensorRT for RTX"
 _CORE = re.compile(r"libnvinfer(?:_[a-z]+)?\.so\.(\d+)")
 
 
@@ -68,14 +71,17 @@ def _load_rtx(flavour: Flavour) -> None:
         ctypes.CDLL(str(Path(folder.name) / name), mode=ctypes.RTLD_GLOBAL)
 
 
-def load_plugins(trt: Any, paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Load each library once and name the creators that came with it.
+def load_plugins(
+    trt: Any, paths: Sequence[Path], errors: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Load each library once in a process and name the creators that came with it.
 
-    Call it once in a process, after a Builder was made: before, errors are not logged.
+    Call it after a Builder or a Runtime was made: before, errors are not logged.
 
     Args:
         trt: The module.
-        paths: Libraries; the same file twice counts once.
+        paths: Libraries; what was loaded before is not loaded again.
+        errors: What the library logs as errors; grows.
 
     Returns:
         For each library "file" and "creators", as ``namespace::name, version``.
@@ -86,16 +92,23 @@ def load_plugins(trt: Any, paths: Sequence[Path]) -> list[dict[str, Any]]:
     registry, loaded = trt.get_plugin_registry(), []
     major = int(str(trt.__version__).split(".")[0])
     for path in dict.fromkeys(item.resolve() for item in paths):
+        known = _loaded.get((trt.__name__, path))
+        if known is not None:
+            loaded.append(known)
+            continue
         _check_library(path, major, rtx=trt.__name__ == "tensorrt_rtx")
         before = set(creators(registry))
         if registry.load_library(str(path)) is None:
-            msg = f"plugin library {path}: TensorRT {trt.__version__} could not load it; the log"
-            raise EngineError(f"{msg} has its reason")
+            said = errors[-1] if errors else "it gave no reason"
+            msg = f"plugin library {path}: TensorRT {trt.__version__} could not load it: {said}; "
+            raise EngineError(f"{msg}build it for this machine as plugins/README.md says")
         new = sorted(set(creators(registry)) - before)
         if not new:
             msg = f"plugin library {path} registers no creator that was not there: expected at "
             raise EngineError(f"{msg}least one; is it loaded twice, or for another TensorRT?")
-        loaded.append({"file": str(path), "creators": new})
+        known = {"file": str(path), "creators": new}
+        _loaded[trt.__name__, path] = known
+        loaded.append(known)
     return loaded
 
 
@@ -105,13 +118,19 @@ def _check_library(path: Path, major: int, *, rtx: bool) -> None:
     except UnsupportedError as error:
         msg = f"plugin library {error}; build it as plugins/README.md says"
         raise EngineError(msg) from error
+    here = _RTX if rtx else f"TensorRT {major}"
     for name in needed:
         found = _CORE.match(name)
-        if found is not None and (rtx or int(found[1]) != major):
-            here = "TensorRT for RTX" if rtx else f"TensorRT {major}"
+        if name.startswith("libtensorrt_rtx"):
+            built = _RTX
+        elif found is not None:
+            built = f"TensorRT {found[1]}"
+        else:
+            continue
+        if built != here:
             msg = (
-                f"plugin library {path} is built for TensorRT {found[1]} ({name}), this is {here}; "
-                "build it again with this version's headers, without linking a TensorRT library"
+                f"plugin library {path} is built for {built} ({name}), this is {here}; build it "
+                "again with this version's headers, without linking a TensorRT library"
             )
             raise EngineError(msg)
 

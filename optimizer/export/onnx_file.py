@@ -11,13 +11,14 @@ from typing import Any
 import onnx_ir as ir
 
 from optimizer.custom_ops.bodies import left_out
-from optimizer.model_writer import Companion, ExternalData, complete_or_nothing, save_model
+from optimizer.model_writer import (
+    Companion,
+    ExternalData,
+    complete_or_nothing,
+    manifest_path,
+    save_model,
+)
 from optimizer.onnx_wire import Progress
-
-
-def manifest_path(output: Path) -> Path:
-    """Where the manifest of a model written to ``output`` goes."""
-    return output.with_name(output.name + ".manifest.json")
 
 
 def write_result(

@@ -7,6 +7,8 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
+from optimizer.samples import InputSpec
+
 #: Model inputs or outputs by name.
 Feed: TypeAlias = Mapping[str, np.ndarray]
 
@@ -27,3 +29,13 @@ class Runner(Protocol):
     def run(self, feed: Feed) -> dict[str, np.ndarray]:
         """Run once and return every output by name."""
         ...
+
+
+class SpecifiedRunner(Runner, Protocol):
+    """A runner that knows what its inputs accept.
+
+    Attributes:
+        inputs: Names, types and shapes.
+    """
+
+    inputs: tuple[InputSpec, ...]

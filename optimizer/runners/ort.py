@@ -1,4 +1,4 @@
-"""Runs models in ONNX Runtime on the CPU."""
+"""Runs models in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from optimizer.custom_ops.library import library_path
 from optimizer.errors import MissingDependencyError, ModelError, OptimizerError, UnsupportedError
 from optimizer.proto import Part, skeleton
 from optimizer.runners.base import Feed
+from optimizer.runners.ort_device import CPU, check_device, device_error, providers
 from optimizer.samples import InputSpec, check_feed
 from optimizer.widening import rounded
 
@@ -91,6 +92,7 @@ class OrtRunner:
         exact: bool = False,
         custom_ops: Sequence[str | Path] = (),
         rounding: bool = True,
+        device: str = CPU,
     ) -> None:
         """Create the session.
 
@@ -105,9 +107,11 @@ class OrtRunner:
             custom_ops: Libraries of custom operators to register.
             rounding: Compute half precision in float32, rounding every value of a graph that runs
                 whole; otherwise ONNX Runtime does what it does with half precision.
+            device: "cpu" or "cuda".
 
         Raises:
-            MissingDependencyError: ONNX Runtime, or an operator's library, is missing.
+            MissingDependencyError: ONNX Runtime, its provider for the device, a GPU, or an
+                operator's library is missing.
             UnsupportedError: ONNX Runtime has no kernel for an operator.
             ModelError: The model is not valid.
         """
@@ -131,9 +135,12 @@ class OrtRunner:
             source = str(model)
         where = f"model '{model}'" if isinstance(source, str) else "model"
         try:
-            self._session = _session(source, options, _LIBERTIES if exact else ())
+            self._session = _session(source, options, _LIBERTIES if exact else (), device)
+        except MissingDependencyError:
+            raise
         except Exception as error:
-            raise translate_error(error, where) from error
+            raise device_error(error, device) or translate_error(error, where) from error
+        check_device(self._session, device)
         specs = (_input_spec(value) for value in self._session.get_inputs())
         self._half = {name: np.dtype(dtype.numpy()) for name, dtype in half.items()}
         self.inputs = tuple(replace(s, dtype=self._half.get(s.name, s.dtype)) for s in specs)
@@ -209,12 +216,13 @@ class OrtRunner:
         return result
 
 
-def _session(source: str | bytes, options: Any, disabled: Sequence[str]) -> Any:
+def _session(source: str | bytes, options: Any, disabled: Sequence[str], device: str) -> Any:
     ort = import_onnxruntime()
+    wanted = providers(ort, device)
 
     def create(*names: str) -> Any:
         return ort.InferenceSession(
-            source, options, providers=["CPUExecutionProvider"], disabled_optimizers=names or None
+            source, options, providers=wanted, disabled_optimizers=names or None
         )
 
     try:

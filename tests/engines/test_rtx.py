@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,9 +20,10 @@ from conftest import Outcome, token_samples
 
 from optimizer.engine_job import EngineOptions, build_file
 from optimizer.engines.child import run_build
+from optimizer.engines.cuda import Driver
 from optimizer.engines.plan import read_plan
 from optimizer.engines.request import BuildRequest
-from optimizer.errors import EngineError, ExportError
+from optimizer.errors import EngineError, ExportError, MissingDependencyError
 from optimizer.listener import Silent
 from optimizer.model_io import save_model
 
@@ -59,6 +63,8 @@ def test_every_precision(command, decoder, tmp_path, passes, kinds, capability):
     plan = read_plan(tmp_path / "m.engine")
     assert plan.flavour == "tensorrt-rtx"
     assert plan.version == manifest["version"]
+    assert plan.capabilities == (capability,)
+    assert not plan.later
 
 
 def test_two_builds_are_the_same_bytes(command, decoder, tmp_path):
@@ -148,7 +154,7 @@ def test_inspect_tells_what_it_needs(command: Callable[..., Outcome], decoder, t
     assert "a GPU of 89" in with_manifest.out
     other = tmp_path / "other.engine"
     other.write_bytes(engine.read_bytes())
-    assert "the plan does not tell which" in command("inspect", other).out
+    assert "a GPU of 89;" in command("inspect", other).out, "the plan tells it too"
     (tmp_path / "other.engine.manifest.json").write_text("{}")
     assert "is no manifest of an engine" in command("inspect", other).err
     content = bytearray(engine.read_bytes())
@@ -159,3 +165,121 @@ def test_inspect_tells_what_it_needs(command: Callable[..., Outcome], decoder, t
     assert "is not the engine that" in changed.err
     engine.write_bytes(content[:500])
     assert "the engine is damaged" in command("inspect", engine).err
+
+
+def test_an_engine_for_all_gpus_says_so(tmp_path):
+    """Without any compute capability named, which this program never does, later ones too."""
+    path = small([oh.make_node("Add", ["x", "w"], ["y"])], tmp_path / "c.onnx")
+    run_build(BuildRequest("tensorrt-rtx", str(path), str(tmp_path / "x.engine")), Silent())
+    plan = read_plan(tmp_path / "x.engine")
+    assert plan.capabilities == (80, 86, 89, 120, 121)
+    assert plan.later
+
+
+def test_without_a_gpu_it_cannot_be_run(command, tmp_path):
+    try:
+        Driver()
+    except MissingDependencyError:
+        pass
+    else:
+        pytest.skip("there is a GPU here")
+    path = small([oh.make_node("Add", ["x", "w"], ["y"])], tmp_path / "m.onnx")
+    made = command("build", path, "--compute-capability", 86, "--compute-capability", 89)
+    assert made.code == 0, made.err
+    line = "engine not run: no GPU here: there is no NVIDIA driver here (libcuda.so.1 is not found)"
+    assert line in made.out.splitlines()
+    for words in (("check", path, tmp_path / "m.engine"), ("bench", tmp_path / "m.engine")):
+        found = command(*words)
+        assert found.code == 6
+        assert len(found.lines) == 1
+        assert "m.engine: cannot be run here: there is no NVIDIA driver here" in found.err
+
+
+#: In a process of its own: the library is told that there is a GPU where there is none.
+PRETEND = """
+import sys
+from played_cuda import PlayedDriver
+from optimizer.cli import run_command
+from optimizer.engines import cuda
+
+cuda.load_library = lambda: PlayedDriver(sys.argv[1])
+raise SystemExit(run_command(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("capability", "change", "says"),
+    [
+        ("8.9", None, "TensorRT for RTX 1.7.1.116 does not load this engine: "),
+        ("8.6", None, "needs a GPU of 89, here is Played GPU (8.6); build it for this GPU (--comp"),
+        ("8.9", (200, 0xFF), "is not the engine that m.engine.manifest.json describes"),
+        ("8.9", (26, 9), "is not the engine that m.engine.manifest.json describes"),
+    ],
+)
+def test_the_real_library_refuses_in_one_line(command, tmp_path, capability, change, says):
+    """It has no driver here, and says so when an engine is loaded."""
+    path = small([oh.make_node("Add", ["x", "w"], ["y"])], tmp_path / "m.onnx")
+    assert command("build", path, "--compute-capability", 89).code == 0
+    engine = tmp_path / "m.engine"
+    if change is not None:
+        content = bytearray(engine.read_bytes())
+        content[change[0]] = change[1]
+        engine.write_bytes(content)
+    found = played_gpu(capability, "check", path, engine)
+    assert found.returncode == 7
+    assert len(found.stderr.splitlines()) == 1
+    assert says in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        (130, "the engine is damaged, or of another version than TensorRT for RTX 1.7.1.116: "),
+        (25, "TensorRT for RTX 1.9.1.116 built this engine, 1.7.1.116 is installed here"),
+    ],
+)
+def test_a_plan_without_manifest_that_was_changed(command, tmp_path, place, says):
+    path = small([oh.make_node("Add", ["x", "w"], ["y"])], tmp_path / "m.onnx")
+    assert command("build", path, "--compute-capability", 89).code == 0
+    content = bytearray((tmp_path / "m.engine").read_bytes())
+    content[place : place + 1] = b"\x09"
+    content[64:120] = bytes(56) if place > 64 else content[64:120]
+    (tmp_path / "n.engine").write_bytes(content)
+    found = played_gpu("8.9", "check", path, tmp_path / "n.engine")
+    assert found.returncode == 7
+    assert len(found.stderr.splitlines()) == 1
+    assert says in found.stderr
+
+
+def played_gpu(capability: str, *words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", PRETEND, capability, *map(str, words)],
+        capture_output=True, text=True, check=False, timeout=120,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+
+
+def test_the_library_has_every_name_that_a_run_uses():
+    """In a process of its own, as it is never loaded in this one."""
+    code = """
+from optimizer.engines.flavours import FLAVOURS
+from optimizer.engines.library import import_tensorrt
+trt = import_tensorrt(FLAVOURS["tensorrt-rtx"])
+for kind, names in {
+    "Runtime": "deserialize_cuda_engine engine_host_code_allowed",
+    "ICudaEngine": "num_io_tensors get_tensor_name get_tensor_mode get_tensor_dtype "
+    "get_tensor_shape get_tensor_location num_optimization_profiles get_tensor_profile_shape "
+    "create_execution_context create_runtime_config",
+    "IExecutionContext": "set_optimization_profile_async set_input_shape infer_shapes "
+    "set_tensor_address get_tensor_shape set_output_allocator execute_async_v3",
+    "IRuntimeConfig": "dynamic_shapes_kernel_specialization_strategy",
+    "DynamicShapesKernelSpecializationStrategy": "EAGER",
+    "TensorIOMode": "INPUT", "TensorLocation": "HOST", "IOutputAllocator": "",
+}.items():
+    missing = [name for name in names.split() if not hasattr(getattr(trt, kind), name)]
+    assert not missing, (kind, missing)
+"""
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=path)
+    assert run.returncode == 0, run.stderr
