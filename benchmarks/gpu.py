@@ -1,15 +1,17 @@
-"""CUDA kernels of SparseMatMul: built, checked and timed on this machine's GPU, in one command.
+"""All that only a GPU can tell, in one command: kernels, operators, families and whole models.
 
-    python benchmarks/gpu.py [--only check|bench] [--time-limit 200] [--out FILE.json]
+    python benchmarks/gpu.py [--only check|bench|models] [--time-limit 200] [--out FILE.json]
                              [--calibrate CLASS]
     python benchmarks/gpu.py --emulate --only check    # on the CPU, without CUDA
 
-Needs nvcc, a GPU, PyTorch with CUDA and numpy; nothing of the package has to be installed. First
+CUDA kernels of SparseMatMul need nvcc, a GPU, PyTorch with CUDA and numpy, nothing else. First
 each layout must give back a known weight exactly (a probe of fragments and metadata). Then results
 are compared with float64: their error may be twice that of the plain product in the same precision,
 and a rounding. Layouts that pass are timed against cuBLAS (and torch's semi-structured product,
 where there is one), taking turns, on as many copies of a weight as no cache holds. The file of
-results is written after every row. Exits with 1 if a check failed.
+results is written after every row. Then, where ONNX Runtime has its CUDA provider and cmake is
+there, small models of every family are compared with the CPU (gpu_families.py), and whole models
+timed (gpu_models.py); both need the extra ``test`` beside it. Exits with 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -194,10 +196,43 @@ def calibrate(rows: list[dict[str, Any]], name: str) -> None:
     FIGURES.write_text(json.dumps(data) + "\n", "utf-8")
 
 
+def models() -> dict[str, Any]:
+    """Families and whole models in ONNX Runtime's CUDA provider; exit codes, or why not."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return {"skipped": "ONNX Runtime is not installed"}
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return {"skipped": f"ONNX Runtime {onnxruntime.__version__} has no CUDA provider"}
+    if shutil.which("cmake") is None:
+        return {"skipped": "cmake is not installed"}
+    major, minor = torch.cuda.get_device_capability()
+    with tempfile.TemporaryDirectory() as folder:
+        configure = ["cmake", "-S", str(HOME.parent / "plugins"), "-B", folder]
+        configure += ["-DOPTIMIZE_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={major}{minor}-real"]
+        subprocess.run([*configure, "-DCMAKE_BUILD_TYPE=Release"], check=True)
+        subprocess.run(
+            ["cmake", "--build", folder, "--target", "optimize_ops_cuda", "-j"], check=True
+        )
+        (library,) = Path(folder).rglob("liboptimize_ops_cuda.so")
+        small = Path(folder) / "families"
+        commands = {
+            "written": ["gpu_families.py", "--write", str(small), "--workers", "8"],
+            "families": ["gpu_families.py", str(small), "--library", str(library)],
+            "models": ["gpu_models.py", "--library", str(library)],
+        }
+        return {
+            name: subprocess.run(
+                [sys.executable, str(HOME / script), *words], check=False
+            ).returncode
+            for name, (script, *words) in commands.items()
+        }
+
+
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=("check", "bench"))
+    parser.add_argument("--only", choices=("check", "bench", "models"))
     parser.add_argument("--tiny", action="store_true", help="few checks, nothing written")
     parser.add_argument("--emulate", action="store_true", help="checks on the CPU, nothing written")
     parser.add_argument("--time-limit", type=float, default=200, help="seconds")
@@ -208,6 +243,10 @@ def main() -> int:
         parser.error("--emulate says nothing about speed: give --only check")
     deadline = time.monotonic() + arguments.time_limit
     device = "cpu" if arguments.emulate else "cuda"
+    if arguments.only == "models":
+        found = models()
+        print(found, flush=True)
+        return int(any(found.values()))
     results: dict[str, Any] = {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
     if not arguments.emulate:
         results |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
@@ -238,6 +277,10 @@ def main() -> int:
             save()
             if arguments.calibrate:
                 calibrate(results["rows"], arguments.calibrate)
+            if arguments.only is None and not arguments.tiny:
+                results["models"] = models()
+                save()
+                failed |= any(results["models"].values()) and "skipped" not in results["models"]
     return 1 if failed else 0
 
 

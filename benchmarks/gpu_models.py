@@ -58,8 +58,8 @@ class Model:
 MODELS = {
     "decoder": Model(
         {
-            "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 8,
-            "intermediate_size": 5632, "num_hidden_layers": 8, "vocab_size": 2048,
+            "hidden_size": 1536, "num_attention_heads": 24, "num_key_value_heads": 8,
+            "intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 2048,
             "max_position_embeddings": 1024,
         },
         {
