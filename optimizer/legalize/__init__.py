@@ -100,6 +100,7 @@ def _lower(
         counts["range"] = ort_cuda.shift_ranges(model)
         counts["sum of heads"] = ort_cuda.sum_heads(model)
         counts["key mask"] = key_masks.join_key_masks(model)
+        counts["bfloat16"] = ort_cuda.widen_bfloat16(model)
     if target.full_attention_mask and not fast_cpu:
         counts["attention mask"] = ort_cpu.widen_masks(model)
     if not target.attention_cache and opset >= opset_rules.RULES["Attention"][0]:

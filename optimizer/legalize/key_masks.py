@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from optimizer import graph as graphs
 from optimizer.attention_masks import MASK
-from optimizer.nodes import operand
+from optimizer.nodes import operand, optional
 from optimizer.raising.base import allow
 from optimizer.raising.shapes import Shapes
 
@@ -49,11 +49,12 @@ def _heads_with_log_mask(shapes: Shapes, node: ir.Node) -> tuple[int, int, int] 
     """Query heads, key heads and channels of an attention that this is about."""
     if node.op_type != "Attention" or node.domain != "" or len(node.inputs) != MASK + 1:
         return None
-    query, key, value, mask = (operand(node, index) for index in range(4))
+    query, key, value = (operand(node, index) for index in range(3))
+    mask = optional(node, MASK)
     queries, keys = (node.attributes.get_int(f"{side}_num_heads", 0) for side in ("q", "kv"))
     if not queries or not keys or len(node.outputs) != 1 or query.dtype != ir.DataType.FLOAT16:
         return None
-    if node.attributes.get_float("softcap", 0.0) or not _is_logarithm(mask):
+    if node.attributes.get_float("softcap", 0.0) or mask is None or not _is_logarithm(mask):
         return None
     widths = [(shapes.of(side) or (None,))[-1] for side in (query, key, value)]
     sizes = [

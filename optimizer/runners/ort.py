@@ -221,8 +221,9 @@ def _session(source: str | bytes, options: Any, disabled: Sequence[str], device:
     wanted = providers(ort, device)
 
     def create(*names: str) -> Any:
+        # Without the fallback of its Python part, which prints, and goes on with the CPU.
         return ort.InferenceSession(
-            source, options, providers=wanted, disabled_optimizers=names or None
+            source, options, providers=wanted, disabled_optimizers=names or None, enable_fallback=0
         )
 
     try:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import models
 import numpy as np
 import pytest
 from rule_case import graph
 
+from optimizer.conformance.encoders import Encoder, build_encoder, encoder_feed
 from optimizer.legalize import legalize, ort_cuda
+from optimizer.pass_base import Context
 from optimizer.runners.ort import OrtRunner
+from passes import get_pass
+from passes.canonicalize import Canonicalize
 
 PAST = "s = Shape<start = 1, end = 2>(x)  n = Squeeze(s)  r = Range(zero, n, one)"
 CONSTANTS = "int64 zero = {0}, int64 one = {1}, int64[1] first = {0}, int64[1] two = {2}"
@@ -170,3 +175,51 @@ def test_other_masks_stay(model):
 
 def test_other_targets_keep_the_mask():
     assert "key mask" not in legalize(_attention(), "tensorrt-11").details["rewrites"]
+
+
+@pytest.mark.parametrize("text", ["y = Pad(h, pads)", "y = Reciprocal(h)", "y = Round(h)"])
+def test_operators_without_a_kernel_for_bfloat16_compute_in_float32(text):
+    model = graph(
+        f"h = Mul(x, x)  {text}", inputs="bfloat16[2,3] x", output="bfloat16[2,N] y",
+        constants="int64[4] pads = {0, 0, 0, 1}",
+    )  # fmt: skip
+    feed = {"x": np.linspace(0.5, 3, 6).reshape(2, 3).astype(ml_dtypes.bfloat16)}
+    before = OrtRunner(model).run(feed)["y"]
+    assert legalize(model, "ort-cuda").details["rewrites"] == {"bfloat16": 1}
+    assert [node.op_type for node in model.graph].count("Cast") == 2
+    after = OrtRunner(model).run(feed)["y"]
+    assert after.dtype == before.dtype
+    np.testing.assert_array_equal(after.astype(np.float32), before.astype(np.float32))
+
+
+def test_what_a_comparison_gives_needs_no_rounding():
+    model = graph("y = Less(x, x)", inputs="bfloat16[2,3] x", output="bool[2,3] y")
+    assert legalize(model, "ort-cuda").details["rewrites"] == {"bfloat16": 1}
+    assert [node.op_type for node in model.graph] == ["Cast", "Cast", "Less"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float"])
+def test_other_types_stay_as_they_are(dtype):
+    model = graph("y = Round(x)", inputs=f"{dtype}[2,3] x", output=f"{dtype}[2,3] y")
+    assert legalize(model, "ort-cuda").details["rewrites"] == {}
+
+
+@pytest.mark.parametrize("name", ["tome", "crossget", "prune-tokens"])
+def test_reduced_models_in_float16_compute_the_same_as_elsewhere(name):
+    """Sizes in the keys, sums over heads as products; batches too."""
+    outputs = []
+    for target in ("ort-cuda", "ort-cpu"):
+        encoder = Encoder(head="class")
+        model = build_encoder(encoder)
+        Canonicalize().call(model, Context())
+        pass_class = get_pass(name)
+        # half precision before tokens: both targets choose by the same numbers
+        get_pass("fp16")().call(model, Context(target="ort-cuda"))
+        assert pass_class(pass_class.Options(r=2)).call(model, Context(target=target)).applied == 3
+        if target == "ort-cuda":
+            rewrites = legalize(model, target).details["rewrites"]
+            assert ("key mask" in rewrites) == (name != "prune-tokens")
+        feed = encoder_feed(encoder)
+        outputs.append(next(iter(OrtRunner(model).run(feed).values())).astype(np.float64))
+    # float16 rounds to 5e-4 at every step
+    np.testing.assert_allclose(*outputs, atol=2e-2 * np.abs(outputs[1]).max())
