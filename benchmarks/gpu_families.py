@@ -18,6 +18,7 @@ import json
 import re
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -199,8 +200,11 @@ def run(folder: Path, library: Path | None, out: Path) -> int:
         print(f"{passes}: {sum(row['right'] for row in own)} of {len(own)} right; "
               f"on the CPU: {dict(left) or 'nothing'}", flush=True)  # fmt: skip
     from optimizer.benchmark import write_result
+    from optimizer.environment import collect
 
-    write_result(out, {"rows": rows}, onnxruntime=ort.__version__)
+    gpus = [gpu.name for gpu in collect().nvidia.gpus]
+    date = time.strftime("%Y-%m-%d")
+    write_result(out, {"rows": rows}, onnxruntime=ort.__version__, gpus=gpus, date=date)
     return int(not all(row["right"] for row in rows))
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import json
 import statistics
 import tempfile
 import time
@@ -27,9 +28,11 @@ import numpy as np
 import onnxruntime as ort
 import speed
 import tokens
+from readme import replace_between
 
 from optimizer.api import optimize
 from optimizer.benchmark import write_result
+from optimizer.environment import collect
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu_models.json"
 _70 = "sparsify:pattern=unstructured;sparsity=0.7;method=magnitude"
@@ -89,8 +92,8 @@ MODELS = {
         },
     ),
 }  # fmt: skip
+BEGIN, END = "<!-- gpu: benchmarks/gpu_models.py --table README.md -->", "<!-- end of gpu -->"
 ROUNDS, RUNS = 15, 8
-GRAPH = "CUDA graph"
 
 
 def export(name: str, folder: Path, *, tiny: bool) -> Path:
@@ -250,6 +253,36 @@ def measure(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str,
     return {"options": dict(model.options), "forms": dict(model.forms), "cases": cases}
 
 
+def table(content: Mapping[str, Any]) -> str:
+    """How many times as fast as the export each form is; in brackets, as CUDA graphs."""
+    lines = []
+    for name, model in content["models"].items():
+        cases = model["cases"]
+        lines += [
+            f"| {name} | {' | '.join(cases)} |",
+            f"|---|{'---|' * len(cases)}",
+        ]
+        forms = [row["form"] for row in next(iter(cases.values()))]
+        for number, form in enumerate(forms):
+            cells = [_cell(rows[number], rows[0]) for rows in cases.values()]
+            lines.append(f"| {form} | {' | '.join(cells)} |")
+        lines.append("")
+    lines.append(
+        f"{', '.join(content['gpus'])}, ONNX Runtime {content['onnxruntime']}, {content['date']}."
+    )
+    return "\n".join(lines)
+
+
+def _cell(row: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+    """Of the first row the milliseconds, of the others how many times as fast."""
+    words = []
+    for key in ("us", "graph_us"):
+        if key in row and key in base:
+            ratio = f"{base[key] / row[key]:.2f}x"
+            words.append(f"{row[key] / 1000:.2f} ms" if row is base else ratio)
+    return f"{words[0]} ({words[1]})" if len(words) > 1 else "".join(words) or "failed"
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -259,8 +292,19 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4, help="that write models")
     parser.add_argument("--tiny", action="store_true", help="small models, to try it out")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--table", type=Path, help="write the table of --out into this file")
     arguments = parser.parse_args()
-    result: dict[str, Any] = {"provider": arguments.provider, "models": {}}
+    if arguments.table:
+        content = json.loads(arguments.out.read_text("utf-8"))
+        replace_between(arguments.table, BEGIN, END, table(content))
+        return
+    result: dict[str, Any] = {
+        "provider": arguments.provider,
+        "onnxruntime": ort.__version__,
+        "gpus": [gpu.name for gpu in collect().nvidia.gpus],
+        "date": time.strftime("%Y-%m-%d"),
+        "models": {},
+    }
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.models.split(","):
             found = measure(name, Path(folder) / name, arguments)

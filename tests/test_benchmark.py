@@ -250,6 +250,11 @@ class TestWriting:
         assert content["timings"][0]["median_ms"] == pytest.approx(1000)
         assert [p.name for p in path.parent.iterdir()] == ["r.json"]
 
+    def test_a_result_may_be_read_by_whom_the_umask_lets(self, tmp_path, monkeypatch):
+        write_result(tmp_path / "r.json", self.result(monkeypatch))
+        (tmp_path / "other").touch()
+        assert (tmp_path / "r.json").stat().st_mode == (tmp_path / "other").stat().st_mode
+
     def test_a_folder_in_the_way_is_an_export_error(self, tmp_path, monkeypatch):
         path = tmp_path / "r.json"
         path.mkdir()

@@ -124,12 +124,19 @@ def test_a_gpu_that_is_not_named_is_not_known():
     assert all("machine=" in skip.reason and "h100" in skip.reason for skip in report.skipped)
 
 
-def test_where_it_was_measured_slower_it_has_to_be_forced():
+@pytest.mark.parametrize("tokens", ["1,128", "8"])
+def test_where_it_was_measured_slower_it_has_to_be_forced(tokens):
     model = half_model(CONFIGS[0], "2:4")
-    report = apply(model, Context(target="ort-cuda"), machine="h100", tokens="1")
+    report = apply(model, Context(target="ort-cuda"), machine="h100", tokens=tokens)
     assert not report.modified
-    assert all("times as long" in skip.reason for skip in report.skipped)
+    assert all("give tokens=1" in skip.reason for skip in report.skipped)
     assert apply(model, Context(target="ort-cuda"), force=True).modified
+
+
+def test_for_one_token_per_run_the_figures_of_its_kernels_decide(monkeypatch):
+    monkeypatch.setattr(sparse_cost, "refusal", lambda *_: None)
+    model = half_model(CONFIGS[0], "2:4")
+    assert apply(model, Context(target="ort-cuda"), machine="h100", tokens="1").modified
 
 
 @pytest.mark.parametrize(
