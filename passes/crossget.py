@@ -23,7 +23,7 @@ Source:       CrossGET (arXiv 2305.17455): complete-graph soft matching,
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import onnx_ir as ir
 from pydantic import Field
@@ -33,6 +33,7 @@ from optimizer.structure import Block
 from optimizer.tokens import graph_matching as matching
 from optimizer.tokens.driver import TokenOptions, TokenPass
 from optimizer.tokens.emit import Emitter, State
+from optimizer.tokens.flow import Keeps
 from optimizer.tokens.graph_matching import Line
 from optimizer.tokens.matching import normalized, padding_of
 from optimizer.tokens.merging import merge
@@ -65,6 +66,8 @@ class Complete(Method):
         guide: Which of the protected tokens guides, or None.
         ensemble: Whether merged tokens weigh by importance.
     """
+
+    keeps: ClassVar[Keeps] = Keeps(ordered=True)
 
     by_index: bool
     guide: int | None
@@ -125,4 +128,4 @@ class CrossGet(TokenPass[Options]):
         def make(tower: Tower) -> Complete:
             return Complete(by_index, tower.guide(guidance), ensemble)
 
-        return self.reduce(model, context, make, ordered=True, protect=more)
+        return self.reduce(model, context, make, Complete.keeps, protect=more)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
 import onnx_ir as ir
@@ -18,6 +18,7 @@ from optimizer.structure import Block
 from optimizer.targets import get_target
 from optimizer.tokens import schedule
 from optimizer.tokens.emit import NOTE
+from optimizer.tokens.flow import Flow, Keeps
 from optimizer.tokens.rewrite import Method, Settings, write
 from optimizer.tokens.search import Costs, Search
 from optimizer.tokens.towers import Tower, find_towers
@@ -165,8 +166,8 @@ class TokenPass(GraphPass[OptionsT]):
         model: ir.Model,
         context: Context,
         make: Callable[[Tower], Method],
+        keeps: Keeps,
         *,
-        ordered: bool = False,
         protect: Sequence[int] = (),
     ) -> Report:
         """Reduce the tokens of every tower of ``model``, in place.
@@ -175,7 +176,7 @@ class TokenPass(GraphPass[OptionsT]):
             model: Canonical.
             context: Target and gate.
             make: The way to choose tokens of a tower.
-            ordered: Whether that way keeps the order of tokens.
+            keeps: What that way keeps.
             protect: Positions that it needs protected.
 
         Raises:
@@ -186,8 +187,9 @@ class TokenPass(GraphPass[OptionsT]):
             why = Skip("model", "its tokens are reduced already")
             return Report(modified=False, skipped=(why,))
         structure = find_blocks(model)
-        log = _Log([], [Skip(site, reason) for site, reason in structure.misses], [], [])
-        towers, refused = find_towers(model, structure.blocks, protected, ordered=ordered)
+        missed = [Skip(site, reason) for site, reason in structure.misses]
+        log = _Log([], missed, [], [], structure.blocks)
+        towers, refused = find_towers(model, structure.blocks, protected, keeps)
         log.skipped.extend(refused)
         for tower in towers:
             _reduce_tower(model, tower, context, self.options, self.name, make(tower), log)
@@ -207,6 +209,8 @@ class _Log:
     skipped: list[Skip]
     notes: list[str]
     towers: list[dict[str, Any]]
+    blocks: tuple[Block, ...]
+    fewer: set[ir.Value] = field(default_factory=set)
 
     def report(self) -> Report:
         """As the pass returns it."""
@@ -225,6 +229,16 @@ class _Log:
 
 def _site(block: Block) -> str:
     return f"layer {block.index}"
+
+
+def _readers(flow: Flow, blocks: Sequence[Block]) -> list[int]:
+    """Layers outside of the tower whose attention reads the tokens that are left."""
+    nodes = {attend.node for attend in flow.attends}
+    return [
+        b.index
+        for b in blocks
+        if b.attention.node in nodes or (b.cross is not None and b.cross.node in nodes)
+    ]
 
 
 def _limit(method: Method, tower: Tower, count: int) -> int:
@@ -254,7 +268,7 @@ def _searched(
 
     def damage(removed: Sequence[int]) -> float:
         copy = model.clone()
-        towers, _ = find_towers(copy, find_blocks(copy).blocks, tower.protected, ordered=True)
+        towers, _ = find_towers(copy, find_blocks(copy).blocks, tower.protected, tower.keeps)
         same = next(t for t in towers if t.blocks[0].index == first)
         write(copy, same, removed, method, Settings(options.proportional))
         remove_dead(copy)
@@ -278,6 +292,9 @@ def _reduce_tower(
     log: _Log,
 ) -> None:
     blocks, free = tower.blocks, tower.count - len(tower.protected)
+    if any(block.hidden in log.fewer for block in blocks):
+        log.skip(blocks, "it reads tokens that were reduced before")
+        return
     if tower.dense and options.dense == "refuse":
         log.skip(blocks, f"{' and '.join(tower.dense)} needs every token")
         return
@@ -309,7 +326,10 @@ def _reduce_tower(
     if not taken:
         return
     places = f"token_places{len(log.towers) or ''}" if options.places else None
-    write(model, tower, numbers, method, Settings(options.proportional, places))
+    flow = write(model, tower, numbers, method, Settings(options.proportional, places))
+    log.fewer.update(flow.rows)
+    if tower.apart is not None:
+        log.notes.append(f"all tokens are given back before others are joined: {tower.apart}")
     log.sites.extend(taken)
     log.towers.append(
         {
@@ -319,5 +339,6 @@ def _reduce_tower(
             "removed": numbers,
             "protected": list(tower.protected),
             "given_back_to": list(tower.dense),
+            "read_by": _readers(flow, log.blocks),
         }
     )

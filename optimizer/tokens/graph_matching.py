@@ -171,4 +171,5 @@ def positioned(
     rows = pen.between(
         rows, np.arange(line.front), size, np.arange(line.behind) + size - r + line.front
     )
-    return Positioned(np.arange(line.count), rows, None, shares)
+    begins = pen.between(stays, np.ones(line.front), size, np.ones(line.behind))
+    return Positioned(np.arange(line.count), rows, None, shares, begins)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -13,16 +13,20 @@ from optimizer import graph as graphs
 from optimizer.raising.shapes import Shapes
 from optimizer.structure import Block
 from optimizer.tokens.emit import Emitter, State
-from optimizer.tokens.flow import Flow, Need, Reader, follow
-from optimizer.tokens.merging import size_mask, unmerged
-from optimizer.tokens.towers import Tower
-
-#: Input of Attention.
-_MASK = 3
+from optimizer.tokens.flow import MASK, Attend, Flow, Keeps, Need, Reader, Table
+from optimizer.tokens.joined import Lengths, Reading, replace_input, shorten, whole
+from optimizer.tokens.merging import size_mask
+from optimizer.tokens.towers import Tower, walk
 
 
 class Method(Protocol):
-    """A way to choose tokens."""
+    """A way to choose tokens.
+
+    Attributes:
+        keeps: What it keeps of their order and places.
+    """
+
+    keeps: ClassVar[Keeps] = Keeps()
 
     def limit(self, count: int, protected: tuple[int, ...]) -> int:
         """The most tokens that one reduction can take from ``count``."""
@@ -59,12 +63,18 @@ def write(
     removed: Sequence[int],
     method: Method,
     settings: Settings,
-) -> None:
-    """Write a reduction by ``removed[i]`` tokens into block i, in place; 0 leaves a block alone."""
-    graph = model.graph
-    flow = flow_of(graph, tower, removed)
+) -> Flow:
+    """Write a reduction by ``removed[i]`` tokens into block i, in place; 0 leaves a block alone.
+
+    Returns:
+        Where the tokens go.
+    """
+    graph, shapes = model.graph, Shapes()
+    hidden = [b.hidden for b, r in zip(tower.blocks, removed, strict=True) if r and b.hidden]
+    flow = walk(tower, shapes).follow(graph, hidden)
     order = {node: index for index, node in enumerate(graph)}
-    states = [State(tower.count, tower.protected)]
+    followed = bool(flow.tables) or any(len(a.node.inputs) > MASK for a in flow.attends)
+    states = [State(tower.count, tower.protected, followed=followed)]
     after: dict[ir.Value, ir.Value] = {}
     for block, r in zip(tower.blocks, removed, strict=True):
         if not r:
@@ -75,18 +85,15 @@ def write(
         merged, state = _reduce(pen, block, r, before, method, settings)
         after[_hidden(block)] = merged
         states.append(state)
+    lengths = Lengths(shapes, tower.count)
     _mask_attentions(tower, flow, states)
-    _correct_shapes(flow, states, after)
-    _give_back(graph, flow, states, after)
+    _read_by_position(graph, flow, states, lengths, order)
+    for read, rows in flow.rows.items():
+        shorten(after.get(read, read), rows, states[rows.stage], lengths)
+    _give_back(graph, flow, states, after, lengths)
     if settings.places is not None:
         _output_places(graph, states[-1], tower.count, settings.places)
-
-
-def flow_of(graph: ir.Graph, tower: Tower, removed: Sequence[int]) -> Flow:
-    """Where tokens go when the blocks with a number other than 0 are reduced."""
-    hidden = [b.hidden for b, r in zip(tower.blocks, removed, strict=True) if r and b.hidden]
-    nodes = {block.attention.node for block in tower.blocks}
-    return follow(graph, hidden, nodes, Shapes())
+    return flow
 
 
 def _first_user(value: ir.Value, order: dict[ir.Node, int]) -> ir.Node:
@@ -130,47 +137,56 @@ def _reduce(
 def _mask_attentions(tower: Tower, flow: Flow, states: Sequence[State]) -> None:
     for block in tower.blocks:
         node = block.attention.node
-        stage = flow.stages.get(node.outputs[0], 0)
-        if not stage:
-            continue
-        if len(node.inputs) <= _MASK:
-            node.resize_inputs(_MASK + 1)
-        node.replace_input_with(_MASK, states[stage].mask)
+        rows = flow.rows.get(node.outputs[0])
+        if rows is not None:
+            replace_input(node, MASK, states[rows.stage].mask)
 
 
-def _correct_shapes(flow: Flow, states: Sequence[State], after: dict[ir.Value, ir.Value]) -> None:
-    """Values behind a reduction have fewer tokens than they declare."""
-    for read, stage in flow.stages.items():
-        value = after.get(read, read)
-        shape = value.shape
-        if shape is not None and len(shape) == 3 and not value.is_graph_output():
-            value.shape = ir.Shape([shape[0], states[stage].count, shape[2]])
+def _read_by_position(
+    graph: ir.Graph,
+    flow: Flow,
+    states: Sequence[State],
+    lengths: Lengths,
+    order: dict[ir.Node, int],
+) -> None:
+    """Tables by position and masks outside of the tower, for fewer tokens."""
+    found: list[Table | Attend] = [*flow.tables, *flow.attends]
+    reading = Reading(graph, lengths, states)
+    for one in sorted(found, key=lambda one: order[one.node]):
+        if isinstance(one, Table):
+            one.node.replace_input_with(one.index, reading.table(one))
+        else:
+            replace_input(one.node, MASK, reading.mask(one))
 
 
 def _give_back(
-    graph: ir.Graph, flow: Flow, states: Sequence[State], after: dict[ir.Value, ir.Value]
+    graph: ir.Graph,
+    flow: Flow,
+    states: Sequence[State],
+    after: dict[ir.Value, ir.Value],
+    lengths: Lengths,
 ) -> None:
     """Give every reader what it needs."""
-    whole: dict[ir.Value, ir.Value] = {}
+    given: dict[ir.Value, ir.Value] = {}
     for reader in flow.readers:
-        state = states[reader.stage]
+        state = states[reader.rows.stage]
         value = reader.value if reader.node is None else after.get(reader.value, reader.value)
         if set(reader.positions) <= set(states[0].protected) and reader.need is Need.SELECT:
             moved = dict(zip(states[0].protected, state.protected, strict=True))
             _select(graph, reader, value, [moved[position] for position in reader.positions])
             continue
-        if value not in whole:
+        if value not in given:
             dtype = value.dtype or ir.DataType.FLOAT
             pen = Emitter(graph, reader.node, f"{value.name}/tokens", dtype)
-            whole[value] = unmerged(pen, value, state)
+            given[value] = whole(pen, value, reader.rows, state, lengths)
         if reader.node is None:
-            graphs.replace_output(value, whole[value])
-            whole[value].type, whole[value].shape = value.type, value.shape
+            graphs.replace_output(value, given[value])
+            given[value].type, given[value].shape = value.type, value.shape
             value.shape = None
             continue
         for position, found in enumerate(reader.node.inputs):
             if found is value:
-                reader.node.replace_input_with(position, whole[value])
+                reader.node.replace_input_with(position, given[value])
 
 
 def _select(graph: ir.Graph, reader: Reader, value: ir.Value, positions: Sequence[int]) -> None:

@@ -7,7 +7,7 @@ has two.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -17,7 +17,7 @@ from optimizer.pass_base import Skip
 from optimizer.raising.dims import Dim
 from optimizer.raising.shapes import Shapes
 from optimizer.structure import Attention, Block, Style
-from optimizer.tokens.flow import Flow, Need, follow
+from optimizer.tokens.flow import Flow, Keeps, Need, Rows, Walk
 from optimizer.tokens.masks import Padding, read_mask
 
 #: A reader that takes out more than this share of the tokens needs all of them.
@@ -34,6 +34,8 @@ class Tower:
         protected: Their positions that stay as they are, rising.
         padding: The graph input that tells padding, or None.
         dense: Who needs all tokens afterwards; empty where they need not be given back.
+        keeps: What the reduction keeps.
+        apart: Why other tokens are not joined to fewer of them; None where they are, or none are.
     """
 
     blocks: tuple[Block, ...]
@@ -41,6 +43,8 @@ class Tower:
     protected: tuple[int, ...]
     padding: ir.Value | None
     dense: tuple[str, ...]
+    keeps: Keeps
+    apart: str | None = None
 
     def guide(self, guidance: str | int) -> int | None:
         """Which of the protected tokens is meant: that of a position, the first, or none.
@@ -54,7 +58,7 @@ class Tower:
 
 
 def find_towers(
-    model: ir.Model, blocks: Sequence[Block], protect: Sequence[int], *, ordered: bool = False
+    model: ir.Model, blocks: Sequence[Block], protect: Sequence[int], keeps: Keeps
 ) -> tuple[list[Tower], list[Skip]]:
     """All towers, and the blocks of those that cannot be reduced, with the reason.
 
@@ -62,11 +66,11 @@ def find_towers(
         model: Canonical.
         blocks: As ``find_blocks`` gives them.
         protect: Positions to protect besides those found; negative ones count from the end.
-        ordered: Whether the reduction keeps the order of tokens, as causal attention needs.
+        keeps: What the reduction keeps, such as the order that causal attention needs.
     """
     shapes, towers, skipped = Shapes(), list[Tower](), list[Skip]()
     for chain in chains(blocks):
-        found = _tower(model, chain, shapes, protect, ordered=ordered)
+        found = _tower(model, chain, shapes, protect, keeps)
         if isinstance(found, Tower):
             towers.append(found)
         else:
@@ -99,11 +103,10 @@ def _tower(
     chain: tuple[Block, ...],
     shapes: Shapes,
     protect: Sequence[int],
-    *,
-    ordered: bool,
+    keeps: Keeps,
 ) -> Tower | tuple[Block | None, str]:
     for block in chain:
-        reason = _fault(block, ordered=ordered)
+        reason = _fault(block, ordered=keeps.ordered)
         if reason is not None:
             return block, reason
     count = _tokens(chain[0], shapes)
@@ -122,12 +125,29 @@ def _tower(
     sources = {p.source for p in paddings.values() if isinstance(p, Padding)}
     if len(sources) > 1:
         return None, "some layers mask padding and others do not"
-    flow = flow_behind(model.graph, chain, shapes)
+    fixed = {position % count for position in protect if -count <= position < count}
+    fixed |= _special(chain[0], shapes, count)
+    tower = Tower(chain, count, tuple(sorted(fixed)), sources.pop(), (), keeps)
+    flow = _flow(model.graph, tower, shapes)
+    tower = replace(tower, protected=_protected(flow, count, fixed))
+    flow = _flow(model.graph, tower, shapes)
+    if flow.lost is not None:
+        tower = replace(tower, apart=flow.lost)
+        flow = _flow(model.graph, tower, shapes)
     reason = broken(chain, flow)
-    if reason is not None:
-        return None, reason
-    protected = _protected(chain[0], flow, shapes, count, protect)
-    return Tower(chain, count, protected, sources.pop(), _dense(flow, protected))
+    return (None, reason) if reason else replace(tower, dense=_dense(flow, tower.protected))
+
+
+def walk(tower: Tower, shapes: Shapes) -> Walk:
+    """The way to follow the tokens of a tower."""
+    nodes = {block.attention.node for block in tower.blocks}
+    protected, join = frozenset(tower.protected), tower.apart is None
+    return Walk(shapes, nodes, tower.count, protected, tower.keeps, join)
+
+
+def _flow(graph: ir.Graph, tower: Tower, shapes: Shapes) -> Flow:
+    hidden = [block.hidden for block in tower.blocks if block.hidden is not None]
+    return walk(tower, shapes).follow(graph, hidden)
 
 
 def _fault(block: Block, *, ordered: bool) -> str | None:
@@ -164,29 +184,22 @@ def _tokens(block: Block, shapes: Shapes) -> int | None:
     return count if isinstance(count, int) else None
 
 
-def flow_behind(graph: ir.Graph, blocks: Sequence[Block], shapes: Shapes) -> Flow:
-    """Where tokens go when they are merged in each of ``blocks``."""
-    hidden = [block.hidden for block in blocks if block.hidden is not None]
-    nodes = {block.attention.node for block in blocks}
-    return follow(graph, hidden, nodes, shapes)
-
-
 def broken(blocks: Sequence[Block], flow: Flow) -> str | None:
     """Why merged tokens do not arrive at a later block; None where they do."""
+    if flow.captured is not None:
+        return f"{flow.captured.op_type} inside of a branch or loop reads the tokens"
     for stage, block in enumerate(blocks):
-        if block.hidden is not None and flow.entered.get(block.hidden) != stage:
-            before = [r for r in flow.readers if r.stage == stage and r.node is not None]
+        expected = Rows(stage) if stage else None
+        if block.hidden is not None and flow.entered.get(block.hidden) != expected:
+            before = [r for r in flow.readers if r.rows.stage == stage and r.node is not None]
             name = before[0].node.op_type if before and before[0].node is not None else "something"
             return f"{name} between layers {block.index - 1} and {block.index} needs every token"
     return None
 
 
-def _protected(
-    first: Block, flow: Flow, shapes: Shapes, count: int, more: Sequence[int]
-) -> tuple[int, ...]:
-    """Tokens that are no part of the data, those that a reader takes out, and ``more``."""
-    found = {position % count for position in more if -count <= position < count}
-    found.update(_special(first, shapes, count))
+def _protected(flow: Flow, count: int, fixed: set[int]) -> tuple[int, ...]:
+    """``fixed`` and the tokens that a reader takes out."""
+    found = set(fixed)
     for reader in flow.readers:
         if reader.need is Need.SELECT and len(reader.positions) * _FEW <= count:
             found.update(reader.positions)
