@@ -223,7 +223,9 @@ def _run_row(
     assert tokens.sizes.sum() == encoder.count
     final = layer_norm(np.stack(tokens.vectors), w, "final_norm")
     result["logits"] = final[protected[first.index(0)]] @ w["head.weight"]
-    result["places"] = tokens.places()
+    result |= {"final": final, "sizes": tokens.sizes, "places": tokens.places()}
+    # The token that others went into comes first in its group.
+    result["origins"] = np.array([group[0] for group in tokens.members])
     return result
 
 

@@ -305,7 +305,8 @@ class Walk:
         if node.attributes.get_int("is_causal", 0) and (queries != keys or not self.keeps.ordered):
             return False
         mask = optional(node, MASK)
-        if mask is not None and not self._fits(self.shapes.of(mask), (q, queries), (k, keys)):
+        fits = mask is None or self._fits(self.shapes.of(mask), (q, queries), (k, keys))
+        if not fits or (mask is not None and mask.dtype is None):
             return False
         self.flow.attends.append(Attend(node, queries, keys))
         if queries is not None:

@@ -230,7 +230,7 @@ def whole(pen: Emitter, x: ir.Value, rows: Rows, state: State, lengths: Lengths)
     places = state.places
     assert places is not None  # noqa: S101 - asked for after a reduction
     if rows.skip or rows.cut:
-        bounds = (pen.integers([n]) for n in (rows.skip, lengths.count - rows.cut))
+        bounds = [pen.integers([n]) for n in (rows.skip, lengths.count - rows.cut)]
         places = span(pen, places, bounds[0], bounds[1])
         places = pen.put("Sub", places, pen.integers([rows.skip], "skip"), dtype=_INTEGER)
     if not rows.joined:
