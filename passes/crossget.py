@@ -5,8 +5,9 @@ Rewrite:      x [B, N, D] -> x' [B, N - r, D]: r tokens go into the nearest of t
               attentions add log s_j to the scores of key j. Which r: those of highest
               max_j D'_ij - I_i, where D' are the similarities to tokens of later rank (by their
               own nearest similarity, so that edges have no cycle) and I_i = cos(k_i, q) the
-              similarity to the query of the guidance token. With ensemble, a merged token i and the
-              token j it goes into weigh 2 softmax(I_i, I_j) beside their sizes.
+              similarity to the query of the guidance token, a cross token or the class token.
+              With ensemble, a merged token i and the token j it goes into weigh
+              2 softmax(I_i, I_j) beside their sizes.
 Applies when: 1. a layer with attention before the MLP and the same number of tokens for every
               input; 2. no rotary embedding, position bias, cache or window; 3. protected tokens
               (class, distillation, register, end) are at the ends, with two or more between.
@@ -15,9 +16,11 @@ Exactness:    approximate: tokens that are merged are no longer told apart. Of e
 Cost:         matching compares all N^2 pairs of whole keys: four times as many as tome, of
               H times as many numbers.
 Source:       CrossGET (arXiv 2305.17455): complete-graph soft matching,
-              with importance by a guidance token. Its cross tokens are learned; without training,
-              the class token takes their place, or none. Measured without training, the matching
-              is about as good as that of tome; see benchmarks/results/tokens_accuracy.json.
+              with importance by a guidance token. Its cross tokens are learned: a model that has
+              them is recognised (the last token becomes another in front of each layer), or they
+              are written in from a file. Without them the class token takes their place, or none.
+              Measured without training, the matching is about as good as that of tome; see
+              benchmarks/results/tokens_accuracy.json.
 """
 
 from __future__ import annotations
@@ -31,12 +34,14 @@ from pydantic import Field
 from optimizer.pass_base import Context, Report
 from optimizer.structure import Block
 from optimizer.tokens import graph_matching as matching
-from optimizer.tokens.driver import TokenOptions, TokenPass
+from optimizer.tokens.cross_tokens import read_cross_tokens
+from optimizer.tokens.driver import TokenPass
 from optimizer.tokens.emit import Emitter, State
 from optimizer.tokens.flow import Keeps
 from optimizer.tokens.graph_matching import Line
 from optimizer.tokens.matching import normalized, padding_of
 from optimizer.tokens.merging import merge
+from optimizer.tokens.options import TokenOptions
 from optimizer.tokens.rewrite import Method
 from optimizer.tokens.towers import Tower
 
@@ -50,10 +55,16 @@ class Options(TokenOptions):
         "'none', or the first protected one.",
     )
 
-    ensemble: bool = Field(
-        default=False,
-        description="Merged tokens weigh by importance beside their size; made for models whose "
-        "guidance token is trained for it.",
+    ensemble: bool | None = Field(
+        None,
+        description="Merged tokens weigh by importance beside their size; default: with cross "
+        "tokens, which are trained for it.",
+    )
+
+    cross_tokens: str | None = Field(
+        None,
+        description="An .npz file with learned cross tokens, one array [layers, D] per tower, "
+        "called 'layers.N' after its first layer.",
     )
 
 
@@ -122,10 +133,12 @@ class CrossGet(TokenPass[Options]):
     def call(self, model: ir.Model, context: Context) -> Report:
         """Merge tokens, in place."""
         by_index, guidance = self.options.by_index(context.target), self.options.guidance
-        ensemble = self.options.ensemble
+        ensemble, path = self.options.ensemble, self.options.cross_tokens
         more = (guidance,) if isinstance(guidance, int) else ()
 
         def make(tower: Tower) -> Complete:
-            return Complete(by_index, tower.guide(guidance), ensemble)
+            weigh = tower.cross is not None if ensemble is None else ensemble
+            return Complete(by_index, tower.guide(guidance), weigh)
 
-        return self.reduce(model, context, make, Complete.keeps, protect=more)
+        cross = None if path is None else read_cross_tokens(path)
+        return self.reduce(model, context, make, Complete.keeps, protect=more, cross=cross)

@@ -25,11 +25,12 @@ from pydantic import Field
 
 from optimizer.pass_base import Context, Report
 from optimizer.structure import Block
-from optimizer.tokens.driver import TokenOptions, TokenPass
+from optimizer.tokens.driver import TokenPass
 from optimizer.tokens.emit import Emitter, State
 from optimizer.tokens.flow import Keeps
 from optimizer.tokens.fusing import fuse_by_index, fused_rows, received
 from optimizer.tokens.merging import merge
+from optimizer.tokens.options import TokenOptions
 from optimizer.tokens.rewrite import Method
 from optimizer.tokens.towers import Tower
 

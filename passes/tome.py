@@ -24,11 +24,12 @@ import onnx_ir as ir
 
 from optimizer.pass_base import Context, Report
 from optimizer.structure import Block
-from optimizer.tokens.driver import TokenOptions, TokenPass
+from optimizer.tokens.driver import TokenPass
 from optimizer.tokens.emit import Emitter, State
 from optimizer.tokens.flow import Keeps
 from optimizer.tokens.matching import Sides, gathered, head_mean, padding_of, positioned
 from optimizer.tokens.merging import merge
+from optimizer.tokens.options import TokenOptions
 from optimizer.tokens.rewrite import Method
 
 

@@ -178,13 +178,18 @@ def run_encoder(
     method: Method,
     *,
     proportional: bool = True,
+    cross: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """All values of ``build_encoder`` that a test looks at, one row of the batch at a time."""
+    """All values of ``build_encoder`` that a test looks at, one row of the batch at a time.
+
+    ``cross`` [layers, D]: a copy of token 0 stands behind the others, and one row is added to it in
+    front of each layer.
+    """
     model = build_encoder(encoder)
     weights = {n: v.const_value.numpy().astype(float) for n, v in model.graph.initializers.items()}
     rows = [
         _run_row(encoder, patches.astype(np.float64), removed, list(protected), method,
-                 weights, _biases(model), proportional)
+                 weights, _biases(model), proportional, cross)
         for patches in feed["patches"]
     ]  # fmt: skip
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
@@ -199,14 +204,18 @@ def _run_row(
     w: dict[str, np.ndarray],
     biases: dict[str, np.ndarray],
     proportional: bool,
+    cross: np.ndarray | None,
 ) -> dict[str, np.ndarray]:
     x = patches @ w["embedding.weight"]
     if encoder.special:
         x = np.concatenate([w["special"][0], x])
-    tokens = Tokens(list(x + w["position"][0]))
+    x = x + w["position"][0]
+    tokens = Tokens(list(x if cross is None else np.concatenate([x, x[:1]])))
     first, result = list(protected), {}
     for layer, r in enumerate(removed):
         name = f"layers.{layer}"
+        if cross is not None:
+            tokens.vectors[-1] = tokens.vectors[-1] + cross[layer]
         x = np.stack(tokens.vectors)
         n1 = layer_norm(x, w, f"{name}.norm1")
         q, k, v = (_linear(n1, w, biases, f"{name}.{part}") for part in "qkv")
@@ -220,7 +229,7 @@ def _run_row(
         y = h + _linear(inner, w, biases, f"{name}.down")
         tokens = Tokens(list(y), tokens.members)
         result |= {f"{name}.norm2.out": n2, f"stream.{layer + 1}": y}
-    assert tokens.sizes.sum() == encoder.count
+    assert tokens.sizes.sum() == encoder.count + (cross is not None)
     final = layer_norm(np.stack(tokens.vectors), w, "final_norm")
     result["logits"] = final[protected[first.index(0)]] @ w["head.weight"]
     result |= {"final": final, "sizes": tokens.sizes, "places": tokens.places()}

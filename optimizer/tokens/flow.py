@@ -160,6 +160,7 @@ class Walk:
         protected: Positions that are.
         keeps: What the reduction keeps.
         join: Whether other tokens may be joined to them.
+        outside: Whether attentions outside of the tower may read them.
     """
 
     shapes: Shapes
@@ -168,6 +169,7 @@ class Walk:
     protected: Set[int]
     keeps: Keeps
     join: bool = True
+    outside: bool = True
     flow: Flow = field(default_factory=Flow)
     _behind_joins: set[ir.Value] = field(default_factory=set)
 
@@ -218,8 +220,8 @@ class Walk:
         return f"'{node.name}' reads them in another form"
 
     def _visit(self, node: ir.Node, carried: list[ir.Value]) -> None:
-        outside = node.op_type == "Attention" and node.domain == "" and node not in self.attentions
-        if outside and self._attends(node):
+        inside = node in self.attentions or not self.outside
+        if node.op_type == "Attention" and node.domain == "" and not inside and self._attends(node):
             return
         distinct = {self.flow.rows[value] for value in carried}
         rows = self._through(node, carried, distinct.pop()) if len(distinct) == 1 else None
@@ -274,10 +276,15 @@ class Walk:
     def _joined(self, node: ir.Node, carried: list[ir.Value], rows: Rows) -> Rows | None:
         values = [value for value in node.inputs if value is not None]
         along = node.attributes.get_int("axis", 0) in (1, -2)
-        if not self.join or not along or len(carried) != 1 or self._size(node.outputs[0]) is None:
+        if not along or len(carried) != 1 or self._size(node.outputs[0]) is None:
             return None
         at = values.index(carried[0])
         before, behind = tuple(values[:at]), tuple(values[at + 1 :])
+        sizes = [[self._size(value) for value in part] for part in (before, behind)]
+        if sizes == [[n] if n else [] for n in (rows.skip, rows.cut)] and not rows.joined:
+            return Rows(rows.stage)  # protected tokens at the ends become others
+        if not self.join:
+            return None
         self._behind_joins.add(node.outputs[0])
         return replace(rows, before=(*before, *rows.before), behind=(*rows.behind, *behind))
 

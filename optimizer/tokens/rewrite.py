@@ -51,10 +51,12 @@ class Settings:
     Attributes:
         proportional: Whether later attentions count a token as often as it stands for.
         places: Name of an output [B, N] that tells where each token went; None for none.
+        count: N of that output, the first tokens; None: all.
     """
 
     proportional: bool = True
     places: str | None = None
+    count: int | None = None
 
 
 def write(
@@ -92,7 +94,7 @@ def write(
         shorten(after.get(read, read), rows, states[rows.stage], lengths)
     _give_back(graph, flow, states, after, lengths)
     if settings.places is not None:
-        _output_places(graph, states[-1], tower.count, settings.places)
+        _output_places(graph, states[-1], tower.count, settings)
     return flow
 
 
@@ -203,10 +205,16 @@ def _select(graph: ir.Graph, reader: Reader, value: ir.Value, positions: Sequenc
     graphs.replace_value(node.outputs[0], found)
 
 
-def _output_places(graph: ir.Graph, state: State, count: int, name: str) -> None:
+def _output_places(graph: ir.Graph, state: State, total: int, settings: Settings) -> None:
+    name, count = settings.places, settings.count or total
     assert state.places is not None  # noqa: S101 - asked for after a reduction
+    assert name is not None  # noqa: S101
     pen = Emitter(graph, None, name, ir.DataType.INT64)
-    places = pen.put("Squeeze", state.places, pen.integers([2], "axes"))
+    told = state.places
+    if count < total:
+        bounds = [pen.integers([number]) for number in (0, count, 1)]
+        told = pen.put("Slice", told, *bounds, as_="told")
+    places = pen.put("Squeeze", told, pen.integers([2], "axes"))
     places.name = graphs.unique_name(graph, name)
     first = graph.inputs[0].shape
     places.shape = ir.Shape([None if first is None else first[0], count])

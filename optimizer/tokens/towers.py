@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import onnx_ir as ir
 
 from optimizer import graph as graphs
-from optimizer.nodes import dims, node_of, operands
+from optimizer.nodes import dims, node_of, operands, users
 from optimizer.pass_base import Skip
 from optimizer.raising.dims import Dim
 from optimizer.raising.shapes import Shapes
@@ -36,6 +37,7 @@ class Tower:
         dense: Who needs all tokens afterwards; empty where they need not be given back.
         keeps: What the reduction keeps.
         apart: Why other tokens are not joined to fewer of them; None where they are, or none are.
+        cross: Position of a token that becomes another in front of each layer, or None.
     """
 
     blocks: tuple[Block, ...]
@@ -45,13 +47,17 @@ class Tower:
     dense: tuple[str, ...]
     keeps: Keeps
     apart: str | None = None
+    cross: int | None = None
 
     def guide(self, guidance: str | int) -> int | None:
         """Which of the protected tokens is meant: that of a position, the first, or none.
 
         Args:
-            guidance: A position; "auto" is the first protected token; anything else is none.
+            guidance: A position; "auto" is a cross token, or else the first protected token;
+                anything else is none.
         """
+        if guidance == "auto" and self.cross is not None:
+            return self.protected.index(self.cross)
         if isinstance(guidance, int) and -self.count <= guidance < self.count:
             return self.protected.index(guidance % self.count)
         return 0 if guidance == "auto" and self.protected else None
@@ -84,18 +90,41 @@ def _told(block: Block, where: Block | None, reason: str) -> str:
 
 
 def chains(blocks: Sequence[Block]) -> Iterator[tuple[Block, ...]]:
-    """Runs of blocks in which each reads the result of the one before."""
-    chain: list[Block] = []
+    """Runs of blocks in which each reads the result of the one before, perhaps with other ends."""
     by_input = {block.input: block for block in blocks}
-    follows = {by_input[b.output] for b in blocks if b.output in by_input}
+    next_of = {block: _following(block, by_input) for block in blocks}
+    follows = set(next_of.values())
     for first in blocks:
         if first in follows:
             continue
-        chain, following = [first], by_input.get(first.output)
+        chain, following = [first], next_of[first]
         while following is not None:
             chain.append(following)
-            following = by_input.get(following.output)
+            following = next_of[following]
         yield tuple(chain)
+
+
+def _following(block: Block, by_input: dict[ir.Value, Block]) -> Block | None:
+    """The block that reads the result of ``block``, perhaps with other tokens at the ends."""
+    found = by_input.get(block.output)
+    if found is not None:
+        return found
+    for part in users(block.output, "Slice"):
+        for joined in users(part.outputs[0], "Concat"):
+            if joined.outputs[0] in by_input:
+                return by_input[joined.outputs[0]]
+    return None
+
+
+def _cross(chain: Sequence[Block], count: int) -> int | None:
+    """The last token, if it becomes another between all layers."""
+    links = [
+        before.output is not after.input
+        and (concat := node_of(after.input, "Concat")) is not None
+        and node_of(concat.inputs[0], "Slice") is not None
+        for before, after in pairwise(chain)
+    ]
+    return count - 1 if links and all(links) else None
 
 
 def _tower(
@@ -127,7 +156,9 @@ def _tower(
         return None, "some layers mask padding and others do not"
     fixed = {position % count for position in protect if -count <= position < count}
     fixed |= _special(chain[0], shapes, count)
-    tower = Tower(chain, count, tuple(sorted(fixed)), sources.pop(), (), keeps)
+    cross = _cross(chain, count)
+    fixed.update(() if cross is None else (cross,))
+    tower = Tower(chain, count, tuple(sorted(fixed)), sources.pop(), (), keeps, cross=cross)
     flow = _flow(model.graph, tower, shapes)
     tower = replace(tower, protected=_protected(flow, count, fixed))
     flow = _flow(model.graph, tower, shapes)
@@ -224,7 +255,13 @@ def _special(first: Block, shapes: Shapes, count: int) -> set[int]:
         if value is None or node is None:
             return set()
         if node.op_type == "Concat" and node.attributes.get_int("axis", 0) in (1, -2):
-            return _constant_parts(node, shapes, count)
+            found = _constant_parts(node, shapes, count)
+            if found or node.inputs[0] is None:
+                return found
+            value = node.inputs[0]
+            size = shapes.of(value)
+            count = size[1] if size is not None and isinstance(size[1], int) else 0
+            continue
         if node.op_type == "Add":
             value = _data_operand(node)
         elif node.op_type in ("LayerNormalization", "RMSNormalization", "Identity", "Cast"):
