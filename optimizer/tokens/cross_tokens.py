@@ -21,7 +21,7 @@ from optimizer.errors import OptionError
 from optimizer.raising.shapes import Shapes
 from optimizer.tokens.emit import Emitter
 from optimizer.tokens.flow import MASK, Flow, Keeps, Walk
-from optimizer.tokens.towers import Tower, find_towers
+from optimizer.tokens.towers import Tower, find_towers, reads_scores
 
 _LAST = np.iinfo(np.int64).max
 
@@ -80,6 +80,8 @@ def cross_fault(tower: Tower) -> str | None:
     """Why a tower is given no cross token."""
     if tower.cross is not None:
         return "it has cross tokens of its own"
+    if any(map(reads_scores, tower.blocks)):
+        return "its attention scores are read, which would have a row and a column more"
     if not tower.protected:
         return "no token is protected that a cross token could be a copy of"
     if tower.padding is not None or any(b.attention.is_causal for b in tower.blocks):

@@ -244,6 +244,23 @@ def whole(pen: Emitter, x: ir.Value, rows: Rows, state: State, lengths: Lengths)
     return pen.put("Concat", *parts, as_="whole", axis=1)
 
 
+def whole_scores(pen: Emitter, scores: ir.Value, state: State, *, weights: bool) -> ir.Value:
+    """[B, H, N, N] of attention scores [B, H, M, M] between the tokens that are left.
+
+    ``weights``: they are what softmax gives, of which each original token gets its share: attention
+    to a token of size s is attention to s equal ones (ToMe, arXiv 2210.09461, Section 3).
+    """
+    assert state.places is not None  # noqa: S101 - asked for after a reduction
+    if weights and state.sizes is not None:
+        turned = pen.put("Transpose", state.sizes, perm=(0, 2, 1))
+        shares = pen.put("Unsqueeze", turned, pen.integers([1], "axes"), as_="sizes")
+        scores = pen.put("Div", scores, shares, as_="shares")
+    columns = pen.put("Transpose", scores, perm=(0, 3, 2, 1))
+    columns = pen.rows(columns, state.places, "columns")
+    rows = pen.rows(pen.put("Transpose", columns, perm=(0, 2, 1, 3)), state.places, "rows")
+    return pen.put("Transpose", rows, as_="scores", perm=(0, 3, 1, 2))
+
+
 def shorten(value: ir.Value, rows: Rows, state: State, lengths: Lengths) -> None:
     """Declare that ``value`` has fewer rows."""
     shape = value.shape

@@ -14,9 +14,16 @@ from optimizer.raising.shapes import Shapes
 from optimizer.structure import Block
 from optimizer.tokens.emit import Emitter, State
 from optimizer.tokens.flow import MASK, Attend, Flow, Keeps, Need, Reader, Table
-from optimizer.tokens.joined import Lengths, Reading, replace_input, shorten, whole
+from optimizer.tokens.joined import (
+    Lengths,
+    Reading,
+    replace_input,
+    shorten,
+    whole,
+    whole_scores,
+)
 from optimizer.tokens.merging import size_mask
-from optimizer.tokens.towers import Tower, walk
+from optimizer.tokens.towers import SCORE_MODE, WEIGHTS, Tower, reads_scores, walk
 
 
 class Method(Protocol):
@@ -89,6 +96,7 @@ def write(
         states.append(state)
     lengths = Lengths(shapes, tower.count)
     _mask_attentions(tower, flow, states)
+    _give_scores_back(graph, tower, flow, states)
     _read_by_position(graph, flow, states, lengths, order)
     for read, rows in flow.rows.items():
         shorten(after.get(read, read), rows, states[rows.stage], lengths)
@@ -142,6 +150,26 @@ def _mask_attentions(tower: Tower, flow: Flow, states: Sequence[State]) -> None:
         rows = flow.rows.get(node.outputs[0])
         if rows is not None:
             replace_input(node, MASK, states[rows.stage].mask)
+
+
+def _give_scores_back(graph: ir.Graph, tower: Tower, flow: Flow, states: Sequence[State]) -> None:
+    """Who reads attention scores gets one for each pair of original tokens."""
+    for block in tower.blocks:
+        node = block.attention.node
+        rows = flow.rows.get(node.outputs[0])
+        if rows is None or not reads_scores(block):
+            continue
+        scores, weights = node.outputs[3], node.attributes.get_int(SCORE_MODE, 0) == WEIGHTS
+        uses = list(scores.uses())
+        following = graph[list(graph).index(node) + 1]
+        pen = Emitter(graph, following, f"layers.{block.index}/scores", _hidden(block).dtype)
+        whole_ = whole_scores(pen, scores, states[rows.stage], weights=weights)
+        for use in uses:
+            use.node.replace_input_with(use.idx, whole_)
+        if scores.is_graph_output():
+            graphs.replace_output(scores, whole_)
+            whole_.type, whole_.shape = scores.type, scores.shape
+        scores.shape = None
 
 
 def _read_by_position(

@@ -21,6 +21,8 @@ from optimizer.structure import Attention, Block, Style
 from optimizer.tokens.flow import Flow, Keeps, Need, Rows, Walk
 from optimizer.tokens.masks import Padding, read_mask
 
+#: Attribute of Attention: what its output of scores is, the products or what softmax gives.
+SCORE_MODE, RAW, WEIGHTS = "qk_matmul_output_mode", 0, 3
 #: A reader that takes out more than this share of the tokens needs all of them.
 _FEW = 8
 
@@ -152,6 +154,8 @@ def _tower(
         if isinstance(found, str):
             return block, found
     sources = {p.source for p in paddings.values() if isinstance(p, Padding)}
+    if sources != {None} and any(map(reads_scores, chain)):
+        return None, "attention scores are read where there is padding, which they would go to"
     if len(sources) > 1:
         return None, "some layers mask padding and others do not"
     fixed = {position % count for position in protect if -count <= position < count}
@@ -197,9 +201,15 @@ def _fault(block: Block, *, ordered: bool) -> str | None:
         return "rotary embeddings turn each token by its position, which a merged one has not"
     if "quantized weights" in block.extras:
         return "its weights are quantized; merge tokens before that"
-    if "attention scores are read" in block.extras:
-        return "the attention scores are read, one for each pair of tokens"
+    if reads_scores(block) and node.attributes.get_int(SCORE_MODE, 0) not in (RAW, WEIGHTS):
+        return "the attention scores are read after a mask was added to them"
     return None
+
+
+def reads_scores(block: Block) -> bool:
+    """Whether the scores of its attention are read, or an output."""
+    outputs = block.attention.node.outputs
+    return len(outputs) > 3 and bool(outputs[3].uses() or outputs[3].is_graph_output())
 
 
 def _is_cached(attention: Attention) -> bool:
