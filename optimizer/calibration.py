@@ -216,12 +216,12 @@ class Calibration:
             done += batch.samples
             self._report(done, samples.count)
 
-    def reference(self, model: ir.Model) -> Reference:
-        """Run ``model`` on all samples and keep its primary output for ``drift``."""
+    def reference(self, model: ir.Model, output: str | None = None) -> Reference:
+        """Run ``model`` on all samples and keep one output, its primary one, for ``drift``."""
         specs = input_specs(model)
         samples = self.samples.bind(specs)
         runner = self.runner(model)
-        output = primary_output(model)
+        output = primary_output(model) if output is None else output
         kept: list[np.ndarray] = []
         size, done, complete = 0, 0, True
         for batch in samples.iterate(self.batch):

@@ -10,9 +10,11 @@ import numpy as np
 import onnx_ir as ir
 
 from optimizer.blocks import find_blocks
+from optimizer.calibration import primary_output
 from optimizer.errors import CalibrationError
 from optimizer.gate import LEFT_OUT
 from optimizer.graph import remove_dead
+from optimizer.nodes import ancestors
 from optimizer.pass_base import Context, Report, Skip
 from optimizer.structure import Block
 from optimizer.tokens import schedule
@@ -63,6 +65,18 @@ def _readers(flow: Flow, blocks: Sequence[Block]) -> list[int]:
         for b in blocks
         if b.attention.node in nodes or (b.cross is not None and b.cross.node in nodes)
     ]
+
+
+def _measured(model: ir.Model, tower: Tower) -> str:
+    """The output that tells what a schedule damages: the primary one, or one behind the tower."""
+    primary, last = primary_output(model), tower.blocks[-1].mlp_add
+    behind = [
+        str(value.name)
+        for value in model.graph.outputs
+        if last in ancestors(value)[0] and value.dtype is not None
+        and value.dtype.is_floating_point()
+    ]  # fmt: skip
+    return primary if primary in behind or not behind else behind[0]
 
 
 @dataclass
@@ -154,7 +168,7 @@ class Reduction:
                 "--calibration FILE.npz with one array per model input."
             )
         model, tower = self.model, self.tower
-        reference = calibration.reference(model)
+        reference = calibration.reference(model, _measured(model, tower))
 
         def damage(removed: Sequence[int]) -> float:
             copy = model.clone()
