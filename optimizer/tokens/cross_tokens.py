@@ -8,7 +8,7 @@ attention, its query tells which tokens are important, it is never merged, and n
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,26 +48,35 @@ def read_cross_tokens(path: str) -> dict[str, np.ndarray]:
     return arrays
 
 
-def cross_of(arrays: Mapping[str, np.ndarray], tower: Tower) -> np.ndarray | None:
-    """The array of a tower: that called "layers.N" after its first layer, or the only one.
+def crosses_of(
+    arrays: Mapping[str, np.ndarray], towers: Sequence[Tower]
+) -> list[np.ndarray | None]:
+    """The array of each tower: that called "layers.N" after its first layer, or the only one.
 
     Raises:
-        OptionError: It is not [layers, D] of that tower.
+        OptionError: An array has another shape than its tower, or none is for any.
     """
-    name = f"layers.{tower.blocks[0].index}"
-    if name not in arrays:
-        others = [key for key in arrays if not key.startswith("layers.")]
-        if len(arrays) > 1 or not others:
-            return None
-        name = others[0]
-    expected = (len(tower.blocks), tower.blocks[0].hidden_size)
-    if arrays[name].shape != expected:
+    result: list[np.ndarray | None] = []
+    alone = len(arrays) == 1 and not next(iter(arrays)).startswith("layers.")
+    for tower in towers:
+        first = tower.blocks[0]
+        name = next(iter(arrays)) if alone else f"layers.{first.index}"
+        expected = (len(tower.blocks), first.hidden_size)
+        found = arrays.get(name)
+        if found is not None and found.shape != expected:
+            raise OptionError(
+                f"pass 'crossget': option cross_tokens: array '{name}' has shape "
+                f"{list(found.shape)}, but the tower that begins at layer {first.index} needs "
+                f"{list(expected)}."
+            )
+        result.append(found)
+    if arrays and towers and all(found is None for found in result):
+        names = ", ".join(f"'layers.{tower.blocks[0].index}'" for tower in towers)
         raise OptionError(
-            f"pass 'crossget': option cross_tokens: array '{name}' has shape "
-            f"{list(arrays[name].shape)}, but the tower that begins at layer "
-            f"{tower.blocks[0].index} needs {list(expected)}."
+            f"pass 'crossget': option cross_tokens names the arrays {sorted(arrays)}; expected "
+            f"{names}, after the first layers of the towers."
         )
-    return arrays[name]
+    return result
 
 
 def with_cross(tower: Tower) -> Tower:

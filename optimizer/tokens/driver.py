@@ -9,11 +9,11 @@ import numpy as np
 import onnx_ir as ir
 
 from optimizer.blocks import find_blocks
-from optimizer.errors import OptionError
 from optimizer.graph import remove_dead
 from optimizer.pass_base import Context, Exactness, GraphPass, PassOptions, Report, Skip
-from optimizer.tokens.cross_tokens import cross_of
+from optimizer.tokens.cross_tokens import crosses_of
 from optimizer.tokens.emit import NOTE
+from optimizer.tokens.fixing import fix_tokens, restore
 from optimizer.tokens.flow import Keeps
 from optimizer.tokens.options import TokenOptions
 from optimizer.tokens.reduction import Log, Reduction
@@ -70,20 +70,18 @@ class TokenPass(GraphPass[OptionsT]):
         structure = find_blocks(model)
         missed = [Skip(site, reason) for site, reason in structure.misses]
         log = Log([], missed, [], [], structure.blocks)
+        fixed = self.options.tokens
+        before = [] if fixed is None else fix_tokens(model, structure.blocks, fixed, keeps)
         towers, refused = find_towers(model, structure.blocks, protected, keeps)
         log.skipped.extend(refused)
-        given = [None if cross is None else cross_of(cross, tower) for tower in towers]
-        if cross is not None and towers and all(tokens is None for tokens in given):
-            first = ", ".join(f"'layers.{tower.blocks[0].index}'" for tower in towers)
-            raise OptionError(
-                f"pass '{self.name}': option cross_tokens names the arrays {sorted(cross)}; "
-                f"expected {first}, after the first layers of the towers."
-            )
+        given = crosses_of({} if cross is None else cross, towers)
         for tower, tokens in zip(towers, given, strict=True):
             Reduction(model, tower, context, self.options, self.name, make, log, tokens).run()
         if log.sites:
             remove_dead(model)
             model.metadata_props[NOTE] = self.name
-        elif not structure.blocks and not structure.misses:
+        else:
+            restore(before)
+        if not structure.blocks and not structure.misses:
             log.skipped.append(Skip("model", "it has no transformer layers"))
         return log.report()

@@ -48,6 +48,11 @@ class TokenOptions(PassOptions):
         description="Search for the cheapest numbers that damage outputs by at most this (KL "
         "divergence of scores in nats, relative L2 of others).",
     )
+    tokens: int | None = Field(
+        None,
+        gt=1,
+        description="Where the number of tokens is open: make it this one, for all inputs.",
+    )
     protect: tuple[int, ...] = Field(
         (),
         description="Positions of tokens to protect besides class, distillation and register "

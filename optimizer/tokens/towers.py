@@ -137,14 +137,14 @@ def _tower(
     keeps: Keeps,
 ) -> Tower | tuple[Block | None, str]:
     for block in chain:
-        reason = _fault(block, ordered=keeps.ordered)
+        reason = fault(block, ordered=keeps.ordered)
         if reason is not None:
             return block, reason
-    count = _tokens(chain[0], shapes)
-    if count is None:
+    count = tokens_of(chain[0], shapes)
+    if not isinstance(count, int):
         return None, (
-            "the number of tokens is not the same for every input; merging needs an export with "
-            "a fixed size"
+            "the number of tokens is not the same for every input; option tokens=N makes it N for "
+            "all"
         )
     paddings: dict[ir.Value | None, Padding | str] = {}
     for block in chain:
@@ -185,7 +185,7 @@ def _flow(graph: ir.Graph, tower: Tower, shapes: Shapes) -> Flow:
     return walk(tower, shapes).follow(graph, hidden)
 
 
-def _fault(block: Block, *, ordered: bool) -> str | None:
+def fault(block: Block, *, ordered: bool) -> str | None:
     """Why the tokens of a block cannot be merged."""
     attention = block.attention
     node = attention.node
@@ -219,10 +219,10 @@ def _is_cached(attention: Attention) -> bool:
     return attention.past_key is not None or attention.past_value is not None
 
 
-def _tokens(block: Block, shapes: Shapes) -> int | None:
+def tokens_of(block: Block, shapes: Shapes) -> Dim | None:
+    """How many tokens a block has, perhaps symbolic; None: not even that is known."""
     shape = shapes.of(block.hidden) or shapes.of(block.input)
-    count: Dim | None = shape[1] if shape is not None and len(shape) == 3 else None
-    return count if isinstance(count, int) else None
+    return shape[1] if shape is not None and len(shape) == 3 else None
 
 
 def broken(blocks: Sequence[Block], flow: Flow) -> str | None:
