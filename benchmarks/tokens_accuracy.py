@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +160,8 @@ def reduced(
 
 def table(task: Task, keeps: Sequence[float]) -> list[dict[str, Any]]:
     """One row per method and share of tokens."""
-    data = Calibration(load_samples({task.names[0]: task.others}, input_specs(task.model)))
+    samples = load_samples({task.names[0]: task.others}, input_specs(task.model))
+    data = Calibration(samples, batch=task.batch if task.batch == 1 else None)
     before = accuracy(task, task.model)
     rows: list[dict[str, Any]] = [{"method": "original", "keep": 1.0, "accuracy": before}]
     print(f"original {100 * before:.2f} %")
@@ -206,6 +208,7 @@ def main() -> None:
     parser.add_argument("--keep", nargs="+", type=float, default=[0.75, 0.5, 0.35])
     parser.add_argument("--copies", type=int, default=3)
     parser.add_argument("--assets", type=Path, default=ASSETS)
+    parser.add_argument("--models", nargs="+", help="only these; others keep their results")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     tasks = {"digits-vit": lambda: digits_vit(arguments.copies)}
@@ -213,11 +216,14 @@ def main() -> None:
         tasks["mnist-vit"] = lambda: mnist_vit(arguments.assets)
         tasks["plates-cct"] = lambda: plates_cct(arguments.assets)
     models = {}
-    for name, make in tasks.items():
-        task = make()
+    if arguments.models and arguments.output.exists():
+        models = json.loads(arguments.output.read_text("utf-8")).get("models", {})
+    for name in arguments.models or tasks:
+        task = tasks[name]()
         rows = table(task, arguments.keep)
         models[name] = {"images": len(task.images), "searched_on": len(task.others), "rows": rows}
-    write_result(arguments.output, {"copies": arguments.copies, "models": models})
+        models = {known: models[known] for known in tasks if known in models}
+        write_result(arguments.output, {"copies": arguments.copies, "models": models})
     print(markdown(models))
 
 

@@ -76,6 +76,8 @@ class Complete(Method):
         by_index: Whether tokens are moved by index, or by a matrix.
         guide: Which of the protected tokens guides, or None.
         ensemble: Whether merged tokens weigh by importance.
+        guided: Whether without ``guide`` the token guides that is protected in each row by itself.
+        taken: How many of these there are: 0 or 1.
     """
 
     keeps: ClassVar[Keeps] = Keeps(ordered=True)
@@ -83,11 +85,14 @@ class Complete(Method):
     by_index: bool
     guide: int | None
     ensemble: bool
+    guided: bool = True
+    taken: int = 0
 
     def limit(self, count: int, protected: tuple[int, ...]) -> int:
         """The most tokens that one reduction can take from ``count``."""
         line = Line.of(count, protected)
-        return line.limit if line is not None else (count - len(protected)) // 2
+        free = line.free if line is not None else count - len(protected)
+        return max(free - self.taken, 0) // 2
 
     def fault(self, count: int, protected: tuple[int, ...]) -> str | None:
         """Why a tower with these protected tokens is left alone."""
@@ -105,7 +110,8 @@ class Complete(Method):
         assert key is not None  # noqa: S101 - an Attention has keys
         unit = normalized(pen, key)
         importance = self._importance(pen, block, unit, state)
-        found = matching.scores(pen, unit, line, importance, padding_of(pen, state))
+        padded = padding_of(pen, state)
+        found = matching.scores(pen, unit, line, importance, padded, state.taken)
         choose = matching.gathered if self.by_index else matching.positioned
         weighing = importance if self.ensemble else None
         merged, after = merge(pen, x, state, choose(pen, found, line, r, weighing), r)
@@ -116,10 +122,17 @@ class Complete(Method):
     ) -> ir.Value | None:
         """[B, N, 1]: the cosine of each key and the guidance token's query; None for none."""
         attention = block.attention
-        if self.guide is None or attention.heads != attention.kv_heads:
+        if attention.heads != attention.kv_heads or not self.guided:
             return None
-        position = pen.integers([state.protected[self.guide]], "guide")
-        query = pen.put("Gather", attention.node.inputs[0], position, as_="query", axis=1)
+        queries = attention.node.inputs[0]
+        if self.guide is not None:
+            position = pen.integers([state.protected[self.guide]], "guide")
+            query = pen.put("Gather", queries, position, as_="query", axis=1)
+        elif state.taken is not None:
+            chosen = pen.put("Transpose", state.taken, perm=(0, 2, 1))
+            query = pen.put("MatMul", chosen, queries, as_="query")
+        else:
+            return None
         turned = pen.put("Transpose", normalized(pen, query), perm=(0, 2, 1))
         return pen.put("MatMul", unit, turned, as_="importance")
 
@@ -138,7 +151,8 @@ class CrossGet(TokenPass[Options]):
 
         def make(tower: Tower) -> Complete:
             weigh = tower.cross is not None if ensemble is None else ensemble
-            return Complete(by_index, tower.guide(guidance), weigh)
+            guided, taken = guidance != "none", int(tower.taken is not None)
+            return Complete(by_index, tower.guide(guidance), weigh, guided, taken)
 
         cross = None if path is None else read_cross_tokens(path)
         return self.reduce(model, context, make, Complete.keeps, protect=more, cross=cross)

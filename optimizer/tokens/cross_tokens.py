@@ -93,7 +93,8 @@ def cross_fault(tower: Tower) -> str | None:
         return "its attention scores are read, which would have a row and a column more"
     if not tower.protected:
         return "no token is protected that a cross token could be a copy of"
-    if tower.padding is not None or any(b.attention.is_causal for b in tower.blocks):
+    causal = bool(tower.causal) or any(block.attention.is_causal for block in tower.blocks)
+    if tower.padding is not None or causal:
         return "cross tokens are for towers without padding and causal masks"
     return None
 

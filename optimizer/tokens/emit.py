@@ -28,6 +28,7 @@ class State:
         mask: [B, 1, 1, count], what the attentions here add to their scores; None: nothing.
         origins: int64 [B, count, 1], where the token that others went into was; None: here.
         followed: Whether somebody reads ``origins``.
+        taken: [B, count, 1], 1 for a token that is protected in each row by itself; None: none is.
     """
 
     count: int
@@ -38,6 +39,7 @@ class State:
     mask: ir.Value | None = None
     origins: ir.Value | None = None
     followed: bool = False
+    taken: ir.Value | None = None
 
 
 class Emitter:

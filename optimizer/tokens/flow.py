@@ -196,7 +196,9 @@ class Walk:
                 if output in begins:
                     flow.entered[output], flow.rows[output] = rows, begins[output]
                 if output in flow.rows:
-                    inside = (use.node for use in output.uses() if use.node.graph is not graph)
+                    inside = (
+                        use.node for use in output.uses() if use.node.graph not in (graph, None)
+                    )
                     flow.captured = flow.captured or next(inside, None)
         flow.readers.sort(key=lambda reader: reader.node is None)
         return flow

@@ -206,5 +206,6 @@ class Reduction:
                 "given_back_to": list(tower.dense),
                 "read_by": _readers(flow, log.blocks),
                 "cross_token": tower.cross,
+                "end_protected": tower.taken is not None,
             }
         )

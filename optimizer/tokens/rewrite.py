@@ -83,6 +83,7 @@ def write(
     flow = walk(tower, shapes).follow(graph, hidden)
     order = {node: index for index, node in enumerate(graph)}
     followed = bool(flow.tables) or any(len(a.node.inputs) > MASK for a in flow.attends)
+    followed = followed or tower.taken is not None
     states = [State(tower.count, tower.protected, followed=followed)]
     after: dict[ir.Value, ir.Value] = {}
     for block, r in zip(tower.blocks, removed, strict=True):
@@ -91,6 +92,7 @@ def write(
         pen, before = _pen(graph, block, order), states[-1]
         if len(states) == 1:
             before = _with_padding(pen, before, tower)
+        before = _with_taken(pen, before, tower)
         merged, state = _reduce(pen, block, r, before, method, settings)
         after[_hidden(block)] = merged
         states.append(state)
@@ -101,6 +103,8 @@ def write(
     for read, rows in flow.rows.items():
         shorten(after.get(read, read), rows, states[rows.stage], lengths)
     _give_back(graph, flow, states, after, lengths)
+    if tower.taken is not None:
+        graph.sort()  # its position may be computed behind the tower
     if settings.places is not None:
         _output_places(graph, states[-1], tower.count, settings)
     return flow
@@ -131,6 +135,20 @@ def _with_padding(pen: Emitter, state: State, tower: Tower) -> State:
     return replace(state, sizes=pen.put("Cast", column, as_="sizes", to=pen.dtype), padded=True)
 
 
+def _with_taken(pen: Emitter, state: State, tower: Tower) -> State:
+    """Which token is the one that is taken out behind."""
+    if tower.taken is None:
+        return state
+    integer = ir.DataType.INT64
+    position = pen.put("Cast", tower.taken, dtype=integer, to=integer)
+    column = pen.put("Reshape", position, pen.integers([-1, 1, 1], "shape"), dtype=integer)
+    many = pen.integers([tower.count], "count")  # negative ones count from the end
+    column = pen.put("Mod", pen.put("Add", column, many, dtype=integer), many, dtype=integer)
+    here = state.origins or pen.integers(np.arange(state.count)[:, None], "positions")
+    same = pen.put("Equal", here, column, dtype=ir.DataType.BOOL)
+    return replace(state, taken=pen.put("Cast", same, as_="taken", to=pen.dtype))
+
+
 def _reduce(
     pen: Emitter, block: Block, r: int, state: State, method: Method, settings: Settings
 ) -> tuple[ir.Value, State]:
@@ -148,8 +166,11 @@ def _mask_attentions(tower: Tower, flow: Flow, states: Sequence[State]) -> None:
     for block in tower.blocks:
         node = block.attention.node
         rows = flow.rows.get(node.outputs[0])
-        if rows is not None:
-            replace_input(node, MASK, states[rows.stage].mask)
+        if rows is None:
+            continue
+        replace_input(node, MASK, states[rows.stage].mask)
+        if block.index in tower.causal:
+            node.attributes["is_causal"] = ir.AttrInt64("is_causal", 1)
 
 
 def _give_scores_back(graph: ir.Graph, tower: Tower, flow: Flow, states: Sequence[State]) -> None:

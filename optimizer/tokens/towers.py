@@ -18,9 +18,11 @@ from optimizer.pass_base import Skip
 from optimizer.raising.dims import Dim
 from optimizer.raising.shapes import Shapes
 from optimizer.structure import Attention, Block, Style
+from optimizer.tokens.ends import taken_position
 from optimizer.tokens.flow import Flow, Keeps, Need, Rows, Walk
 from optimizer.tokens.masks import Padding, read_mask
 
+_UNORDERED = "the attention is causal, and merging changes the order of the tokens"
 #: Attribute of Attention: what its output of scores is, the products or what softmax gives.
 SCORE_MODE, RAW, WEIGHTS = "qk_matmul_output_mode", 0, 3
 #: A reader that takes out more than this share of the tokens needs all of them.
@@ -40,6 +42,8 @@ class Tower:
         keeps: What the reduction keeps.
         apart: Why other tokens are not joined to fewer of them; None where they are, or none are.
         cross: Position of a token that becomes another in front of each layer, or None.
+        causal: Blocks whose masks hide what comes later, by index.
+        taken: int64 [B], the position of a token that is taken out behind, or None.
     """
 
     blocks: tuple[Block, ...]
@@ -50,6 +54,8 @@ class Tower:
     keeps: Keeps
     apart: str | None = None
     cross: int | None = None
+    causal: frozenset[int] = frozenset()
+    taken: ir.Value | None = None
 
     def guide(self, guidance: str | int) -> int | None:
         """Which of the protected tokens is meant: that of a position, the first, or none.
@@ -153,6 +159,8 @@ def _tower(
         found = paddings[mask]
         if isinstance(found, str):
             return block, found
+        if found.causal and not keeps.ordered:
+            return block, _UNORDERED
     sources = {p.source for p in paddings.values() if isinstance(p, Padding)}
     if sources != {None} and any(map(reads_scores, chain)):
         return None, "attention scores are read where there is padding, which they would go to"
@@ -162,7 +170,12 @@ def _tower(
     fixed |= _special(chain[0], shapes, count)
     cross = _cross(chain, count)
     fixed.update(() if cross is None else (cross,))
-    tower = Tower(chain, count, tuple(sorted(fixed)), sources.pop(), (), keeps, cross=cross)
+    masks = {b.index: paddings[b.attention.mask] for b in chain}
+    causal = {i for i, mask in masks.items() if isinstance(mask, Padding) and mask.causal}
+    tower = Tower(
+        chain, count, tuple(sorted(fixed)), sources.pop(), (), keeps, cross=cross,
+        causal=frozenset(causal),
+    )  # fmt: skip
     flow = _flow(model.graph, tower, shapes)
     tower = replace(tower, protected=_protected(flow, count, fixed))
     flow = _flow(model.graph, tower, shapes)
@@ -170,7 +183,9 @@ def _tower(
         tower = replace(tower, apart=flow.lost)
         flow = _flow(model.graph, tower, shapes)
     reason = broken(chain, flow)
-    return (None, reason) if reason else replace(tower, dense=_dense(flow, tower.protected))
+    taken = taken_position(flow) if keeps.ordered else None
+    tower = replace(tower, dense=_dense(flow, tower.protected), taken=taken)
+    return (None, reason) if reason else tower
 
 
 def walk(tower: Tower, shapes: Shapes) -> Walk:
@@ -196,7 +211,7 @@ def fault(block: Block, *, ordered: bool) -> str | None:
     if node.op_type != "Attention" or _is_cached(attention):
         return "keys and values are cached"
     if attention.is_causal and not ordered:
-        return "the attention is causal, and merging changes the order of the tokens"
+        return _UNORDERED
     if attention.q_rotary is not None or attention.k_rotary is not None:
         return "rotary embeddings turn each token by its position, which a merged one has not"
     if "quantized weights" in block.extras:

@@ -104,8 +104,28 @@ def test_an_open_number_of_tokens_can_be_fixed(way: str) -> None:
         assert np.abs(results[1][key] - array).max() <= 1e-5 * np.abs(array).max()
 
 
+@pytest.mark.parametrize("way", ["torchscript-17", "dynamo-18"])
+def test_a_causal_text_tower_keeps_its_order_and_its_end(way: str) -> None:
+    """CLIP's, as it is exported by default, with an open number of tokens."""
+    original = canonical("clip-text", way, fixed=False)
+    feed = feed_of(canonical("clip-text", way), 3)
+    feed["input_ids"][:, 9] = families._END
+    before, results = OrtRunner(original).run(feed), []
+    for lowering in ("gather", "matrix"):
+        model = original.clone()
+        report = apply("crossget", model, r=2, lowering=lowering, tokens=TOKENS)
+        assert report.applied == 2
+        assert report.details["towers"][0]["end_protected"]
+        results.append(OrtRunner(model).run(feed))
+    for key, array in before.items():
+        assert results[0][key].shape == array.shape
+        difference = np.abs(results[0][key] - results[1][key]).max()
+        assert difference <= 1e-5 * np.abs(array).max()
+        assert np.abs(results[0][key] - array).max() > 1e-3 * np.abs(array).max()
+
+
 def test_a_model_left_alone_keeps_its_open_axes() -> None:
-    model = canonical("clip-text", "dynamo-18", fixed=False)
+    model = canonical("llama", "dynamo-18", fixed=False)
     before = [value.shape for value in model.graph.inputs]
     report = apply("tome", model, r=2, tokens=TOKENS)
     assert not report.modified
