@@ -9,8 +9,9 @@ Rewrite:      x [B, N, D] -> x' [B, N - r, D]: r tokens go into the nearest of t
               With ensemble, a merged token i and the token j it goes into weigh
               2 softmax(I_i, I_j) beside their sizes.
 Applies when: 1. a layer with attention before the MLP and the same number of tokens for every
-              input; 2. no rotary embedding, position bias, cache or window; 3. protected tokens
-              (class, distillation, register, end) are at the ends, with two or more between.
+              input; 2. no rotary embedding, position bias, cache or window; a causal mask is kept
+              by the order; 3. protected tokens (class, distillation, register, cross) are at the
+              ends, with two or more between, of which the end of a text may be one.
 Exactness:    approximate: tokens that are merged are no longer told apart. Of equal tokens it is
               exact.
 Cost:         matching compares all N^2 pairs of whole keys: four times as many as tome, of

@@ -1,6 +1,6 @@
 """Token reduction in float64, written from the papers and not from the graph code.
 
-ToMe: Bolya et al., arXiv 2210.09461, Appendix D. CrossGET: Shi et al., arXiv 2305.17455.
+ToMe: Bolya et al., arXiv 2210.09461, Section 3. CrossGET: Shi et al., arXiv 2305.17455.
 EViT: Liang et al., arXiv 2202.07800. All of it in loops over tokens, for one row of
 the batch at a time, and with groups of tokens kept as lists: sizes are their lengths.
 """

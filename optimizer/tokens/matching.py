@@ -1,7 +1,8 @@
 """Bipartite soft matching as graph: which tokens are merged, and into which.
 
 Tokens are counted as they enter a reduction. Protected tokens come first in the result, in their
-order; then the unmerged tokens of A in their order, then B (ToMe, arXiv 2210.09461, Appendix D).
+order; then the unmerged tokens of A in their order, then B (ToMe, arXiv 2210.09461, its
+pseudocode).
 """
 
 from __future__ import annotations
