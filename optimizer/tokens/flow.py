@@ -265,7 +265,8 @@ class Walk:
                 continue
             if not self.keeps.placed or not _has_rows(shape, self._size(carried[0])):
                 return False
-            if rotary and (index == 0 or index > 2):
+            # A row per token that is another for each image is no table: it is data.
+            if index not in (1, 2) if rotary else not _is_table(shape):
                 return False
             tables.append(Table(node, index, rows))
         self.flow.tables.extend(tables)
@@ -359,6 +360,10 @@ def _same_for_all_tokens(shape: Shape | None) -> bool:
 
 def _has_rows(shape: Shape | None, size: Dim | None) -> bool:
     return shape is not None and size is not None and 2 <= len(shape) <= 3 and shape[-2] == size
+
+
+def _is_table(shape: Shape | None) -> bool:
+    return shape is not None and (len(shape) == 2 or shape[0] == 1)
 
 
 def selected(node: ir.Node, count: int) -> tuple[int, ...] | None:

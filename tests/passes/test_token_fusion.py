@@ -128,6 +128,20 @@ def test_all_tokens_are_given_back_before_what_cannot_take_fewer(
     assert widths(model, fusion)[1] == 12 + 4
 
 
+def test_data_with_a_row_per_token_is_added_to_all_tokens() -> None:
+    """A shortcut from in front of the layers is no table of positions: tokens are given back."""
+    model = build_encoder(Encoder(head="hidden"))
+    graph, final = model.graph, model.graph.outputs[1]
+    shortcut = next(v for n in graph for v in n.outputs if v.name == "stream.0")
+    added = ir.node("Add", [final, shortcut], outputs=[ir.Value(name="sum", type=final.type)])
+    added.outputs[0].shape = final.shape
+    graph.append(added)
+    graph.outputs[1] = added.outputs[0]
+    report = apply("tome", model)
+    assert report.applied == 3
+    assert report.details["towers"][0]["given_back_to"] == ["Add"]
+
+
 def test_a_text_layer_without_tokens_less_is_unchanged() -> None:
     model = build_fusion(JOINED["between"])
     pass_class = get_pass("crossget")
