@@ -10,6 +10,8 @@ digits-clip  image tower of six layers, trained by train_digits_clip.py: recall 
              is left in the image tower's layers, is equal. ``in_all`` adds the products that
              choose tokens, which weigh much in a model as narrow as this one; the last row of each
              ``keep`` is tome with the fewest tokens less that make it no dearer than crossget.
+             Searched schedules are chosen on held-out digits without their captions, and their
+             layers cost no more than those of the same ``keep``.
 """
 
 from __future__ import annotations
@@ -27,8 +29,10 @@ from tokens_accuracy import canonical
 
 from optimizer.benchmark import write_result
 from optimizer.blocks import find_blocks
+from optimizer.calibration import Calibration, input_specs
 from optimizer.pass_base import Context
 from optimizer.runners.ort import OrtRunner
+from optimizer.samples import load_samples
 from optimizer.structure import Block
 from optimizer.tokens.matching import Sides
 from optimizer.tokens.schedule import keeping
@@ -46,6 +50,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "crossget": ("crossget", {}),
     "crossget, ensemble": ("crossget", {"ensemble": True}),
     "prune-tokens": ("prune-tokens", {}),
+    "tome, searched": ("tome", {"search": True}),
+    "crossget, searched": ("crossget", {"search": True}),
+    "prune-tokens, searched": ("prune-tokens", {"search": True}),
 }
 
 
@@ -113,13 +120,15 @@ def table(keeps: Sequence[float], copies: int) -> list[dict[str, Any]]:
     texts = text.run(digit_captions.feed(names))["text_embeds"]
     original = canonical(digit_captions.HOME / "image.onnx")
     blocks = find_blocks(original).blocks
+    held_out, _ = digit_captions.load("held-out", copies)
+    data = Calibration(load_samples({"pixel_values": held_out}, input_specs(original)))
     rows: list[dict[str, Any]] = [
         {"method": "original", "keep": 1.0, **recalls(original, images, texts, names, copies)}
     ]
 
     def measure(label: str, keep: float, name: str, options: dict[str, Any]) -> dict[str, Any]:
         model, pass_class = original.clone(), get_pass(name)
-        report = pass_class(pass_class.Options(**options)).call(model, Context())
+        report = pass_class(pass_class.Options(**options)).call(model, Context(calibration=data))
         tower = report.details["towers"][0]
         removed, costs = tower["removed"], Costs.of(blocks, tower["tokens"])
         rows.append(

@@ -226,9 +226,10 @@ class Calibration:
             done += batch.samples
             self._report(done, samples.count)
 
-    def reference(self, model: ir.Model) -> Reference:
-        """Run ``model`` on all samples and keep its primary output for ``drift``."""
-        return self.reference_of(self.runner(model), input_specs(model), primary_output(model))
+    def reference(self, model: ir.Model, output: str | None = None) -> Reference:
+        """Run ``model`` on all samples and keep one output, its primary one, for ``drift``."""
+        kept = primary_output(model) if output is None else output
+        return self.reference_of(self.runner(model), input_specs(model), kept)
 
     def reference_of(self, runner: Runner, specs: Sequence[InputSpec], output: str) -> Reference:
         """The same with whatever runs a model: its inputs accept ``specs``."""

@@ -18,17 +18,19 @@ Source:       EViT (arXiv 2202.07800), and FastV (arXiv 2403.06764) for other to
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import onnx_ir as ir
 from pydantic import Field
 
 from optimizer.pass_base import Context, Report
 from optimizer.structure import Block
-from optimizer.tokens.driver import TokenOptions, TokenPass
+from optimizer.tokens.driver import TokenPass
 from optimizer.tokens.emit import Emitter, State
+from optimizer.tokens.flow import Keeps
 from optimizer.tokens.fusing import fuse_by_index, fused_rows, received
 from optimizer.tokens.merging import merge
+from optimizer.tokens.options import TokenOptions
 from optimizer.tokens.rewrite import Method
 from optimizer.tokens.towers import Tower
 
@@ -54,6 +56,8 @@ class Received(Method):
         by_index: Whether tokens are moved by index, or by a matrix.
         guide: Which of the protected tokens' attention counts; None: that of all tokens.
     """
+
+    keeps: ClassVar[Keeps] = Keeps(placed=False)
 
     by_index: bool
     guide: int | None
@@ -87,4 +91,4 @@ class PruneTokens(TokenPass[Options]):
         def make(tower: Tower) -> Received:
             return Received(by_index, tower.guide(guidance))
 
-        return self.reduce(model, context, make, protect=more)
+        return self.reduce(model, context, make, Received.keeps, protect=more)

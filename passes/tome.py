@@ -18,15 +18,18 @@ Source:       ToMe (arXiv 2210.09461). Protected tokens are left out of both set
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import onnx_ir as ir
 
 from optimizer.pass_base import Context, Report
 from optimizer.structure import Block
-from optimizer.tokens.driver import TokenOptions, TokenPass
+from optimizer.tokens.driver import TokenPass
 from optimizer.tokens.emit import Emitter, State
+from optimizer.tokens.flow import Keeps
 from optimizer.tokens.matching import Sides, gathered, head_mean, padding_of, positioned
 from optimizer.tokens.merging import merge
+from optimizer.tokens.options import TokenOptions
 from optimizer.tokens.rewrite import Method
 
 
@@ -41,6 +44,8 @@ class Bipartite(Method):
     Attributes:
         by_index: Whether tokens are moved by index, or by a matrix.
     """
+
+    keeps: ClassVar[Keeps] = Keeps()
 
     by_index: bool
 
@@ -69,4 +74,4 @@ class ToMe(TokenPass[Options]):
     def call(self, model: ir.Model, context: Context) -> Report:
         """Merge tokens, in place."""
         by_index = self.options.by_index(context.target)
-        return self.reduce(model, context, lambda _: Bipartite(by_index))
+        return self.reduce(model, context, lambda _: Bipartite(by_index), Bipartite.keeps)

@@ -7,15 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import causal_models
 import onnx
 import onnx_ir as ir
 import pytest
+from fusion_models import Fusion, build_fusion
 
 from optimizer.conformance.encoders import Encoder, build_encoder
 from optimizer.legalize import legalize
 from optimizer.pass_base import Context
 from passes import get_pass
 from passes.canonicalize import Canonicalize
+from passes.crossget import CrossGet, Options
 
 #: In a process of its own, since TensorRT aborts on some mistakes.
 BUILD = """
@@ -41,6 +44,15 @@ for model in sys.argv[1:]:
 """
 
 
+def images_and_text() -> dict[str, ir.Model]:
+    """Text of a fixed length that reads image tokens, and a causal text."""
+    made = {"crossed": build_fusion(Fusion("crossed")), "joined": build_fusion(Fusion("joined"))}
+    for model in made.values():
+        text = next(value for value in model.graph.inputs if value.name == "text")
+        text.shape = ir.Shape(["batch", 4, text.shape[2]])
+    return made | {"causal": causal_models.build()}
+
+
 @pytest.mark.tensorrt
 def test_every_way_to_reduce_tokens_builds(tmp_path: Path) -> None:
     """With attention spelled out; as one operator RTX has it in half precision only."""
@@ -57,6 +69,13 @@ def test_every_way_to_reduce_tokens_builds(tmp_path: Path) -> None:
             legalize(model, "tensorrt-10")
             names.append(f"{name}-{head}.onnx")
             onnx.save(ir.to_proto(model), tmp_path / names[-1])
+    for case, model in images_and_text().items():
+        Canonicalize().call(model, Context())
+        report = CrossGet(Options(r=2)).call(model, Context(target="tensorrt-rtx"))
+        assert (report.applied, report.notes) == (3, ())
+        legalize(model, "tensorrt-10")
+        names.append(f"{case}.onnx")
+        onnx.save(ir.to_proto(model), tmp_path / names[-1])
     run = subprocess.run(
         [sys.executable, "-c", BUILD, *names], capture_output=True, text=True, check=False,
         cwd=tmp_path,

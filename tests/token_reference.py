@@ -1,6 +1,6 @@
 """Token reduction in float64, written from the papers and not from the graph code.
 
-ToMe: Bolya et al., arXiv 2210.09461, Appendix D. CrossGET: Shi et al., arXiv 2305.17455.
+ToMe: Bolya et al., arXiv 2210.09461, Section 3. CrossGET: Shi et al., arXiv 2305.17455.
 EViT: Liang et al., arXiv 2202.07800. All of it in loops over tokens, for one row of
 the batch at a time, and with groups of tokens kept as lists: sizes are their lengths.
 """
@@ -82,6 +82,17 @@ def attention(
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
         result[:, part] = weights / weights.sum(axis=1, keepdims=True) @ v[:, part]
     return result
+
+
+def causal_attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, heads: int, repeats: Sequence[int] | None = None
+) -> np.ndarray:
+    """The same, of each token to itself and those before."""
+    counts = np.ones(len(k), int) if repeats is None else np.asarray(repeats, int)
+    rows = [
+        attention(q[[i]], k[: i + 1], v[: i + 1], heads, counts[: i + 1])[0] for i in range(len(q))
+    ]
+    return np.stack(rows)
 
 
 @dataclass
@@ -178,14 +189,23 @@ def run_encoder(
     method: Method,
     *,
     proportional: bool = True,
+    cross: np.ndarray | None = None,
+    causal: bool = False,
+    taken: Sequence[int] = (),
 ) -> dict[str, np.ndarray]:
-    """All values of ``build_encoder`` that a test looks at, one row of the batch at a time."""
+    """All values of ``build_encoder`` that a test looks at, one row of the batch at a time.
+
+    ``cross`` [layers, D]: a copy of token 0 stands behind the others, and one row is added to it in
+    front of each layer. ``causal``: tokens attend to themselves and to those before. ``taken``: a
+    position that is protected in each row, in the place of ``protected``.
+    """
     model = build_encoder(encoder)
     weights = {n: v.const_value.numpy().astype(float) for n, v in model.graph.initializers.items()}
     rows = [
-        _run_row(encoder, patches.astype(np.float64), removed, list(protected), method,
-                 weights, _biases(model), proportional)
-        for patches in feed["patches"]
+        _run_row(encoder, patches.astype(np.float64), removed,
+                 [taken[row]] if taken else list(protected), method, weights, _biases(model),
+                 proportional, cross, causal)
+        for row, patches in enumerate(feed["patches"])
     ]  # fmt: skip
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -199,19 +219,25 @@ def _run_row(
     w: dict[str, np.ndarray],
     biases: dict[str, np.ndarray],
     proportional: bool,
+    cross: np.ndarray | None,
+    causal: bool,
 ) -> dict[str, np.ndarray]:
     x = patches @ w["embedding.weight"]
     if encoder.special:
         x = np.concatenate([w["special"][0], x])
-    tokens = Tokens(list(x + w["position"][0]))
+    x = x + w["position"][0]
+    tokens = Tokens(list(x if cross is None else np.concatenate([x, x[:1]])))
     first, result = list(protected), {}
     for layer, r in enumerate(removed):
         name = f"layers.{layer}"
+        if cross is not None:
+            tokens.vectors[-1] = tokens.vectors[-1] + cross[layer]
         x = np.stack(tokens.vectors)
         n1 = layer_norm(x, w, f"{name}.norm1")
         q, k, v = (_linear(n1, w, biases, f"{name}.{part}") for part in "qkv")
         sizes = tokens.sizes if proportional else None
-        h = x + _linear(attention(q, k, v, 4, sizes), w, biases, f"{name}.o")
+        attend = causal_attention if causal else attention
+        h = x + _linear(attend(q, k, v, 4, sizes), w, biases, f"{name}.o")
         seen = Layer(q, k, 4, protected, sizes, r)
         tokens, protected = method(Tokens(list(h), tokens.members), seen)
         h = np.stack(tokens.vectors)
@@ -220,10 +246,13 @@ def _run_row(
         y = h + _linear(inner, w, biases, f"{name}.down")
         tokens = Tokens(list(y), tokens.members)
         result |= {f"{name}.norm2.out": n2, f"stream.{layer + 1}": y}
-    assert tokens.sizes.sum() == encoder.count
+    assert tokens.sizes.sum() == encoder.count + (cross is not None)
     final = layer_norm(np.stack(tokens.vectors), w, "final_norm")
-    result["logits"] = final[protected[first.index(0)]] @ w["head.weight"]
-    result["places"] = tokens.places()
+    read = first.index(0) if 0 in first else 0
+    result["logits"] = final[protected[read]] @ w["head.weight"]
+    result |= {"final": final, "sizes": tokens.sizes, "places": tokens.places()}
+    # The token that others went into comes first in its group.
+    result["origins"] = np.array([group[0] for group in tokens.members])
     return result
 
 

@@ -1,8 +1,8 @@
 """Spellings that TensorRT's parsers take: attention has one output, no cache inside, no softcap.
 
 The parser refuses Attention with past or present ("only supports Attention nodes with one output"),
-so the cache is put together in front of it, and with a softcap, which is spelled out.
-``canonicalize`` raises both back.
+so the cache is put together in front of it. With a softcap, or a mask besides a causal one, it is
+spelled out. ``canonicalize`` raises all of it back.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from optimizer.raising.base import allow
 
 
 def simplify_attention(model: ir.Model) -> int:
-    """Rewrite every Attention with a KV cache inside or a softcap; returns how many there were.
+    """Rewrite every Attention with a cache inside, a softcap or two masks; returns how many.
 
     Attention over Q [B, H, S, c], K and V [B, Hkv, P+S, c], where K and V are past and new tokens,
     concatenated; those are its present too. A causal one is spelled out, because without a past
@@ -28,7 +28,8 @@ def simplify_attention(model: ir.Model) -> int:
         if node.domain != "" or node.op_type != "Attention":
             continue
         used = [output for output in node.outputs[1:] if output.name and _is_used(output)]
-        if not used and optional(node, 4) is None and not _softcap(node):
+        plain = not used and optional(node, 4) is None
+        if plain and not _softcap(node) and not _masked_twice(node):
             continue
         if not allow(node, "attention"):
             continue
@@ -49,6 +50,10 @@ def _is_used(value: ir.Value) -> bool:
 
 def _softcap(node: ir.Node) -> bool:
     return bool(node.attributes.get_float("softcap", 0.0))
+
+
+def _masked_twice(node: ir.Node) -> bool:
+    return bool(node.attributes.get_int("is_causal", 0)) and optional(node, 3) is not None
 
 
 def _stays_attention(node: ir.Node) -> bool:

@@ -26,6 +26,9 @@ class State:
         places: int64 [B, N, 1], where each original token is now; None: where it was.
         padded: Whether some tokens may have size 0.
         mask: [B, 1, 1, count], what the attentions here add to their scores; None: nothing.
+        origins: int64 [B, count, 1], where the token that others went into was; None: here.
+        followed: Whether somebody reads ``origins``.
+        taken: [B, count, 1], 1 for a token that is protected in each row by itself; None: none is.
     """
 
     count: int
@@ -34,6 +37,9 @@ class State:
     places: ir.Value | None = None
     padded: bool = False
     mask: ir.Value | None = None
+    origins: ir.Value | None = None
+    followed: bool = False
+    taken: ir.Value | None = None
 
 
 class Emitter:

@@ -73,19 +73,20 @@ def fuse_by_index(
     if stay:
         rising, _ = pen.topk(kept, stay, axis=1, largest=False)
         parts.append(pen.put("Gather", candidates, rising, dtype=integer, axis=0))
-    keep = pen.put("Concat", *parts, as_="keep", dtype=integer, axis=1)
     rest = pen.put("Gather", candidates, rest, as_="rest", dtype=integer, axis=0)
     shares = pen.entries(weight, rest, "shares")
     axes = pen.integers([1], "axes")
     shares = pen.put("Div", shares, pen.put("ReduceSum", shares, axes, keepdims=1))
     turned = pen.put("Transpose", shares, perm=(0, 2, 1))
-    fused = pen.put("MatMul", turned, pen.rows(x, rest, "moved"), as_="fused")
-    merged = pen.put("Concat", pen.rows(x, keep, "kept"), fused, as_="merged", axis=1)
+    merged = pen.put("MatMul", turned, pen.rows(x, rest, "moved"), as_="fused")
     ones = _sizes(pen, state, weight)
-    gone = pen.put("ReduceSum", pen.entries(ones, rest), axes, as_="gone", keepdims=1)
-    sizes = pen.put("Concat", pen.entries(ones, keep), gone, as_="sizes", axis=1)
-    rows = first + stay
-    token = pen.put("Concat", keep, rest, dtype=integer, axis=1)
+    sizes = pen.put("ReduceSum", pen.entries(ones, rest), axes, as_="gone", keepdims=1)
+    token, rows = rest, first + stay
+    if parts:
+        keep = pen.put("Concat", *parts, as_="keep", dtype=integer, axis=1)
+        merged = pen.put("Concat", pen.rows(x, keep, "kept"), merged, as_="merged", axis=1)
+        sizes = pen.put("Concat", pen.entries(ones, keep), sizes, as_="sizes", axis=1)
+        token = pen.put("Concat", keep, rest, dtype=integer, axis=1)
     row = pen.everywhere(order, [*range(rows), *[rows] * (r + 1)])
     now = pen.put("ScatterElements", token, token, row, as_="now", dtype=integer, axis=1)
     return merged, _after(pen, state, sizes, now, rows + 1)

@@ -64,11 +64,13 @@ class Scores:
         similarity: [B, F, F], their cosines.
         priority: [B, F, 1], high where a token is to be merged: the similarity to the nearest
             token that an edge may lead to, minus its importance.
+        kept: [B, F, 1], 1 for a token that is protected in its row of the batch; or None.
     """
 
     unit: ir.Value
     similarity: ir.Value
     priority: ir.Value
+    kept: ir.Value | None = None
 
 
 def scores(
@@ -77,6 +79,7 @@ def scores(
     line: Line,
     importance: ir.Value | None,
     padded: ir.Value | None,
+    taken: ir.Value | None = None,
 ) -> Scores:
     """Steps 1 to 4 of the algorithm.
 
@@ -86,10 +89,14 @@ def scores(
         line: The tokens.
         importance: [B, N, 1], or None for none.
         padded: [B, N, 1], 1 where a token is padding, which is merged first; or None.
+        taken: [B, N, 1], 1 for a free token that is protected in its row of the batch; or None.
     """
     keys = _free(pen, unit, line)
     size = line.free
     similarity = pen.put("MatMul", keys, pen.put("Transpose", keys, perm=(0, 2, 1)), as_="cosine")
+    kept = None if taken is None else _free(pen, taken, line)
+    if kept is not None:
+        similarity = _without(pen, _without(pen, similarity, kept), kept, columns=True)
     others = pen.put("Add", similarity, pen.numbers(_NEVER * np.eye(size), "diagonal"))
     axes = pen.integers([2], "axes")
     nearest = pen.put("ReduceMax", others, axes, as_="nearest", keepdims=1)
@@ -105,7 +112,15 @@ def scores(
     if padded is not None:
         first = pen.put("Mul", _free(pen, padded, line), pen.numbers(-2 * _NEVER))
         priority = pen.put("Add", priority, first, as_="priority")
-    return Scores(keys, similarity, priority)
+    if kept is not None:
+        priority = _without(pen, priority, kept)
+    return Scores(keys, similarity, priority, kept)
+
+
+def _without(pen: Emitter, value: ir.Value, kept: ir.Value, *, columns: bool = False) -> ir.Value:
+    """``value`` [B, F, .] lower than all others in the rows, or columns, of ``kept`` [B, F, 1]."""
+    turned = pen.put("Transpose", kept, perm=(0, 2, 1)) if columns else kept
+    return pen.put("Add", value, pen.put("Mul", turned, pen.numbers(4 * _NEVER)), as_="without")
 
 
 def _free(pen: Emitter, value: ir.Value, line: Line) -> ir.Value:
@@ -130,7 +145,10 @@ def gathered(
     rising, _ = pen.topk(others, size - r, axis=1, largest=False)
     sources = pen.rows(found.unit, merged, "sources_unit")
     targets = pen.put("Transpose", pen.rows(found.unit, rising, "targets_unit"), perm=(0, 2, 1))
-    _, nearest = pen.topk(pen.put("MatMul", sources, targets), 1)
+    near = pen.put("MatMul", sources, targets)
+    if found.kept is not None:
+        near = _without(pen, near, pen.entries(found.kept, rising), columns=True)
+    _, nearest = pen.topk(near, 1)
     front = pen.integers([line.front], "front")
     ends = [pen.everywhere(order, np.arange(line.front))] if line.front else []
     keep = [*ends, pen.put("Add", rising, front, dtype=integer)]
@@ -156,7 +174,7 @@ def positioned(
     before = pen.put("MatMul", triangle, stays)
     own = pen.put("Add", before, pen.numbers(line.front, "front"), as_="own")
     column = pen.put("Transpose", merged, dtype=flag, perm=(0, 2, 1))
-    never = pen.numbers(_NEVER, "never")
+    never = pen.numbers(16 * _NEVER, "never")
     _, nearest = pen.topk(pen.put("Where", column, never, found.similarity), 1)
     target = pen.entries(own, nearest, "target")
     shares = None
@@ -171,4 +189,5 @@ def positioned(
     rows = pen.between(
         rows, np.arange(line.front), size, np.arange(line.behind) + size - r + line.front
     )
-    return Positioned(np.arange(line.count), rows, None, shares)
+    begins = pen.between(stays, np.ones(line.front), size, np.ones(line.behind))
+    return Positioned(np.arange(line.count), rows, None, shares, begins)

@@ -1,8 +1,9 @@
 """What an attention mask does to tokens that are merged, found by evaluating it.
 
 The mask's computation is cut out and run with the ONNX reference on batches of one and two. A mask
-that hides nothing can be left out; one that hides padding tells which tokens have no size. Any
-other mask speaks about single pairs of tokens, and merged tokens have no place in it.
+that hides nothing can be left out; one that hides padding tells which tokens have no size; one that
+hides what comes later, perhaps besides padding, holds for fewer tokens too while they keep their
+order. Any other mask speaks about single pairs of tokens, and merged tokens have no place in it.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ class Padding:
     Attributes:
         source: The graph input [B, N], other than 0 where there is a token; None: nothing is
             hidden.
+        causal: Whether tokens that come later are hidden, too.
     """
 
     source: ir.Value | None = None
+    causal: bool = False
 
 
 def read_mask(model: ir.Model, mask: ir.Value | None, count: int) -> Padding | str:
@@ -56,22 +59,24 @@ def read_mask(model: ir.Model, mask: ir.Value | None, count: int) -> Padding | s
         value.shape = None
     try:
         evaluator = ReferenceEvaluator(ir.to_proto(ir.Model(extracted, ir_version=10)))
-        found = [_hidden(evaluator, sizes, source, count, batch) for batch in (1, 2)]
+        found = [_causal(evaluator, sizes, source, count, batch) for batch in (1, 2)]
     except Exception as error:  # the reference raises whatever it likes
         text = " ".join(str(error).split())[:120]
         return f"its attention mask cannot be evaluated ({text})"
-    reason = next((text for text in found if text), None)
-    return Padding(source) if reason is None else reason
+    reason = next((text for text in found if isinstance(text, str)), None)
+    if reason is None and len(set(found)) > 1:
+        reason = "its attention mask is another for each size of the batch"
+    return Padding(source, causal=bool(found[0])) if reason is None else reason
 
 
-def _hidden(
+def _causal(
     evaluator: ReferenceEvaluator,
     sizes: dict[ir.Value, Shape | None],
     source: ir.Value | None,
     count: int,
     batch: int,
-) -> str | None:
-    """None where the mask hides padding and nothing else from each real token."""
+) -> str | bool:
+    """Whether the mask hides from real tokens what comes later, besides padding; or what else."""
     valid = np.random.default_rng(batch).integers(0, 2, (batch, count)).astype(bool)
     valid[:, 0] = True
     feed = {str(v.name): _zeros(v, sizes[v], batch) for v in sizes}
@@ -89,9 +94,11 @@ def _hidden(
         return f"its attention mask has shape {list(mask.shape)}, for {count} tokens"
     rows = np.broadcast_to(expected[:, None, :, None], shape)
     keys = np.broadcast_to(expected[:, None, None, :], shape)
-    if np.any((attended != keys) & rows):
-        return "its attention mask hides more than padding"
-    return None
+    for causal in (False, True):
+        seen = keys & (np.tri(count, dtype=bool) if causal else True)
+        if not np.any((attended != seen) & rows):
+            return causal
+    return "its attention mask hides more than padding and what comes later"
 
 
 def _zeros(value: ir.Value, shape: Shape | None, batch: int) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Bipartite soft matching as graph: which tokens are merged, and into which.
 
 Tokens are counted as they enter a reduction. Protected tokens come first in the result, in their
-order; then the unmerged tokens of A in their order, then B (ToMe, arXiv 2210.09461, Appendix D).
+order; then the unmerged tokens of A in their order, then B (ToMe, arXiv 2210.09461, its
+pseudocode).
 """
 
 from __future__ import annotations
@@ -74,12 +75,15 @@ class Positioned:
         weights: [B, N, 1], above 0, of token ``order[i]`` in its row; None: the sizes.
         shares: [B, N, 1], for each token that is merged into another, twice its weight beside it;
             0 for the others; None: 1 for all.
+        stays: [B, N, 1], 1 where token ``order[i]`` is the one that its row begins with, else 0;
+            None: a row begins with no token.
     """
 
     order: np.ndarray
     rows: ir.Value
     weights: ir.Value | None = None
     shares: ir.Value | None = None
+    stays: ir.Value | None = None
 
 
 def head_mean(pen: Emitter, attention: Attention, key: ir.Value) -> ir.Value:
@@ -167,7 +171,8 @@ def positioned(
     last = np.arange(first + size - r, sides.count - r)
     rows = pen.between(a_rows, np.arange(first), size, last)
     order = np.concatenate([np.asarray(sides.protected, int), sides.sources, sides.destinations])
-    return Positioned(order.astype(np.int64), rows)
+    begins = pen.between(stays, np.ones(first), size, np.ones(len(last)))
+    return Positioned(order.astype(np.int64), rows, stays=begins)
 
 
 def _float(pen: Emitter, value: ir.Value) -> ir.Value:

@@ -17,7 +17,7 @@ from optimizer.tokens.emit import Emitter, State
 from optimizer.tokens.matching import Gathered, Positioned
 
 #: Added to the scores of padding, which has no size; float16 holds it, and exp of it is 0.
-_CUT = -1e4
+CUT = -1e4
 
 
 def merge(
@@ -34,7 +34,29 @@ def merge(
     places = now if state.places is None else pen.entries(now, state.places, "places")
     first = tuple(range(len(state.protected)))
     after = replace(state, count=rows, protected=first, sizes=sizes, places=places)
-    return merged, after
+    return merged, replace(after, origins=_origins(pen, state, found, rows))
+
+
+def _origins(
+    pen: Emitter, state: State, found: Gathered | Positioned, rows: int
+) -> ir.Value | None:
+    """int64 [B, M, 1]: the original position of the token that each row begins with."""
+    if not state.followed:
+        return None
+    if isinstance(found, Gathered):
+        now = found.keep
+    elif found.stays is None:
+        return None
+    else:
+        flag, integer = ir.DataType.BOOL, ir.DataType.INT64
+        zero, row = pen.numbers(0, "zero"), pen.numbers(np.arange(rows)[:, None], "rows")
+        column = pen.put("Transpose", found.rows, perm=(0, 2, 1))
+        here = pen.put("Equal", column, row, dtype=flag)
+        own = pen.put("Where", here, pen.put("Transpose", found.stays, perm=(0, 2, 1)), zero)
+        _, first = pen.topk(own, 1)
+        order = pen.integers(found.order, "order")
+        now = pen.put("Gather", order, first, as_="origins", dtype=integer, axis=0)
+    return now if state.origins is None else pen.entries(state.origins, now, "origins")
 
 
 def _by_index(
@@ -158,12 +180,6 @@ def size_mask(pen: Emitter, state: State, *, proportional: bool) -> ir.Value | N
     logs = pen.put("Log", divisor, as_="log_sizes") if proportional else pen.numbers(0, "zero")
     if state.padded:
         real = pen.put("Greater", state.sizes, pen.numbers(0, "zero"), dtype=ir.DataType.BOOL)
-        logs = pen.put("Where", real, logs, pen.numbers(_CUT, "cut"), as_="log_sizes")
+        logs = pen.put("Where", real, logs, pen.numbers(CUT, "cut"), as_="log_sizes")
     turned = pen.put("Transpose", logs, perm=(0, 2, 1))
     return pen.put("Unsqueeze", turned, pen.integers([1], "axes"), as_="size_mask")
-
-
-def unmerged(pen: Emitter, x: ir.Value, state: State) -> ir.Value:
-    """[B, N, D]: every original token as the one it was merged into."""
-    assert state.places is not None  # noqa: S101 - asked for after a reduction
-    return pen.rows(x, state.places, "unmerged")

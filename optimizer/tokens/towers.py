@@ -7,19 +7,24 @@ has two.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import onnx_ir as ir
 
 from optimizer import graph as graphs
-from optimizer.nodes import dims, node_of, operands
+from optimizer.nodes import dims, node_of, operands, users
 from optimizer.pass_base import Skip
 from optimizer.raising.dims import Dim
 from optimizer.raising.shapes import Shapes
 from optimizer.structure import Attention, Block, Style
-from optimizer.tokens.flow import Flow, Need, follow
+from optimizer.tokens.ends import taken_position
+from optimizer.tokens.flow import Flow, Keeps, Need, Rows, Walk
 from optimizer.tokens.masks import Padding, read_mask
 
+_UNORDERED = "the attention is causal, and merging changes the order of the tokens"
+#: Attribute of Attention: what its output of scores is, the products or what softmax gives.
+SCORE_MODE, RAW, WEIGHTS = "qk_matmul_output_mode", 0, 3
 #: A reader that takes out more than this share of the tokens needs all of them.
 _FEW = 8
 
@@ -34,6 +39,11 @@ class Tower:
         protected: Their positions that stay as they are, rising.
         padding: The graph input that tells padding, or None.
         dense: Who needs all tokens afterwards; empty where they need not be given back.
+        keeps: What the reduction keeps.
+        apart: Why other tokens are not joined to fewer of them; None where they are, or none are.
+        cross: Position of a token that becomes another in front of each layer, or None.
+        causal: Blocks whose masks hide what comes later, by index.
+        taken: int64 [B], the position of a token that is taken out behind, or None.
     """
 
     blocks: tuple[Block, ...]
@@ -41,20 +51,28 @@ class Tower:
     protected: tuple[int, ...]
     padding: ir.Value | None
     dense: tuple[str, ...]
+    keeps: Keeps
+    apart: str | None = None
+    cross: int | None = None
+    causal: frozenset[int] = frozenset()
+    taken: ir.Value | None = None
 
     def guide(self, guidance: str | int) -> int | None:
         """Which of the protected tokens is meant: that of a position, the first, or none.
 
         Args:
-            guidance: A position; "auto" is the first protected token; anything else is none.
+            guidance: A position; "auto" is a cross token, or else the first protected token;
+                anything else is none.
         """
+        if guidance == "auto" and self.cross is not None:
+            return self.protected.index(self.cross)
         if isinstance(guidance, int) and -self.count <= guidance < self.count:
             return self.protected.index(guidance % self.count)
         return 0 if guidance == "auto" and self.protected else None
 
 
 def find_towers(
-    model: ir.Model, blocks: Sequence[Block], protect: Sequence[int], *, ordered: bool = False
+    model: ir.Model, blocks: Sequence[Block], protect: Sequence[int], keeps: Keeps
 ) -> tuple[list[Tower], list[Skip]]:
     """All towers, and the blocks of those that cannot be reduced, with the reason.
 
@@ -62,11 +80,11 @@ def find_towers(
         model: Canonical.
         blocks: As ``find_blocks`` gives them.
         protect: Positions to protect besides those found; negative ones count from the end.
-        ordered: Whether the reduction keeps the order of tokens, as causal attention needs.
+        keeps: What the reduction keeps, such as the order that causal attention needs.
     """
     shapes, towers, skipped = Shapes(), list[Tower](), list[Skip]()
     for chain in chains(blocks):
-        found = _tower(model, chain, shapes, protect, ordered=ordered)
+        found = _tower(model, chain, shapes, protect, keeps)
         if isinstance(found, Tower):
             towers.append(found)
         else:
@@ -80,18 +98,41 @@ def _told(block: Block, where: Block | None, reason: str) -> str:
 
 
 def chains(blocks: Sequence[Block]) -> Iterator[tuple[Block, ...]]:
-    """Runs of blocks in which each reads the result of the one before."""
-    chain: list[Block] = []
+    """Runs of blocks in which each reads the result of the one before, perhaps with other ends."""
     by_input = {block.input: block for block in blocks}
-    follows = {by_input[b.output] for b in blocks if b.output in by_input}
+    next_of = {block: _following(block, by_input) for block in blocks}
+    follows = set(next_of.values())
     for first in blocks:
         if first in follows:
             continue
-        chain, following = [first], by_input.get(first.output)
+        chain, following = [first], next_of[first]
         while following is not None:
             chain.append(following)
-            following = by_input.get(following.output)
+            following = next_of[following]
         yield tuple(chain)
+
+
+def _following(block: Block, by_input: dict[ir.Value, Block]) -> Block | None:
+    """The block that reads the result of ``block``, perhaps with other tokens at the ends."""
+    found = by_input.get(block.output)
+    if found is not None:
+        return found
+    for part in users(block.output, "Slice"):
+        for joined in users(part.outputs[0], "Concat"):
+            if joined.outputs[0] in by_input:
+                return by_input[joined.outputs[0]]
+    return None
+
+
+def _cross(chain: Sequence[Block], count: int) -> int | None:
+    """The last token, if it becomes another between all layers."""
+    links = [
+        before.output is not after.input
+        and (concat := node_of(after.input, "Concat")) is not None
+        and node_of(concat.inputs[0], "Slice") is not None
+        for before, after in pairwise(chain)
+    ]
+    return count - 1 if links and all(links) else None
 
 
 def _tower(
@@ -99,18 +140,17 @@ def _tower(
     chain: tuple[Block, ...],
     shapes: Shapes,
     protect: Sequence[int],
-    *,
-    ordered: bool,
+    keeps: Keeps,
 ) -> Tower | tuple[Block | None, str]:
     for block in chain:
-        reason = _fault(block, ordered=ordered)
+        reason = fault(block, ordered=keeps.ordered)
         if reason is not None:
             return block, reason
-    count = _tokens(chain[0], shapes)
-    if count is None:
+    count = tokens_of(chain[0], shapes)
+    if not isinstance(count, int):
         return None, (
-            "the number of tokens is not the same for every input; merging needs an export with "
-            "a fixed size"
+            "the number of tokens is not the same for every input; option tokens=N makes it N for "
+            "all"
         )
     paddings: dict[ir.Value | None, Padding | str] = {}
     for block in chain:
@@ -119,18 +159,48 @@ def _tower(
         found = paddings[mask]
         if isinstance(found, str):
             return block, found
+        if found.causal and not keeps.ordered:
+            return block, _UNORDERED
     sources = {p.source for p in paddings.values() if isinstance(p, Padding)}
+    if sources != {None} and any(map(reads_scores, chain)):
+        return None, "attention scores are read where there is padding, which they would go to"
     if len(sources) > 1:
         return None, "some layers mask padding and others do not"
-    flow = flow_behind(model.graph, chain, shapes)
+    fixed = {position % count for position in protect if -count <= position < count}
+    fixed |= _special(chain[0], shapes, count)
+    cross = _cross(chain, count)
+    fixed.update(() if cross is None else (cross,))
+    masks = {b.index: paddings[b.attention.mask] for b in chain}
+    causal = {i for i, mask in masks.items() if isinstance(mask, Padding) and mask.causal}
+    tower = Tower(
+        chain, count, tuple(sorted(fixed)), sources.pop(), (), keeps, cross=cross,
+        causal=frozenset(causal),
+    )  # fmt: skip
+    flow = _flow(model.graph, tower, shapes)
+    tower = replace(tower, protected=_protected(flow, count, fixed))
+    flow = _flow(model.graph, tower, shapes)
+    if flow.lost is not None:
+        tower = replace(tower, apart=flow.lost)
+        flow = _flow(model.graph, tower, shapes)
     reason = broken(chain, flow)
-    if reason is not None:
-        return None, reason
-    protected = _protected(chain[0], flow, shapes, count, protect)
-    return Tower(chain, count, protected, sources.pop(), _dense(flow, protected))
+    taken = taken_position(flow) if keeps.ordered else None
+    tower = replace(tower, dense=_dense(flow, tower.protected), taken=taken)
+    return (None, reason) if reason else tower
 
 
-def _fault(block: Block, *, ordered: bool) -> str | None:
+def walk(tower: Tower, shapes: Shapes) -> Walk:
+    """The way to follow the tokens of a tower."""
+    nodes = {block.attention.node for block in tower.blocks}
+    protected, join = frozenset(tower.protected), tower.apart is None
+    return Walk(shapes, nodes, tower.count, protected, tower.keeps, join)
+
+
+def _flow(graph: ir.Graph, tower: Tower, shapes: Shapes) -> Flow:
+    hidden = [block.hidden for block in tower.blocks if block.hidden is not None]
+    return walk(tower, shapes).follow(graph, hidden)
+
+
+def fault(block: Block, *, ordered: bool) -> str | None:
     """Why the tokens of a block cannot be merged."""
     attention = block.attention
     node = attention.node
@@ -141,14 +211,20 @@ def _fault(block: Block, *, ordered: bool) -> str | None:
     if node.op_type != "Attention" or _is_cached(attention):
         return "keys and values are cached"
     if attention.is_causal and not ordered:
-        return "the attention is causal, and merging changes the order of the tokens"
+        return _UNORDERED
     if attention.q_rotary is not None or attention.k_rotary is not None:
         return "rotary embeddings turn each token by its position, which a merged one has not"
     if "quantized weights" in block.extras:
         return "its weights are quantized; merge tokens before that"
-    if "attention scores are read" in block.extras:
-        return "the attention scores are read, one for each pair of tokens"
+    if reads_scores(block) and node.attributes.get_int(SCORE_MODE, 0) not in (RAW, WEIGHTS):
+        return "the attention scores are read after a mask was added to them"
     return None
+
+
+def reads_scores(block: Block) -> bool:
+    """Whether the scores of its attention are read, or an output."""
+    outputs = block.attention.node.outputs
+    return len(outputs) > 3 and bool(outputs[3].uses() or outputs[3].is_graph_output())
 
 
 def _is_cached(attention: Attention) -> bool:
@@ -158,35 +234,28 @@ def _is_cached(attention: Attention) -> bool:
     return attention.past_key is not None or attention.past_value is not None
 
 
-def _tokens(block: Block, shapes: Shapes) -> int | None:
+def tokens_of(block: Block, shapes: Shapes) -> Dim | None:
+    """How many tokens a block has, perhaps symbolic; None: not even that is known."""
     shape = shapes.of(block.hidden) or shapes.of(block.input)
-    count: Dim | None = shape[1] if shape is not None and len(shape) == 3 else None
-    return count if isinstance(count, int) else None
-
-
-def flow_behind(graph: ir.Graph, blocks: Sequence[Block], shapes: Shapes) -> Flow:
-    """Where tokens go when they are merged in each of ``blocks``."""
-    hidden = [block.hidden for block in blocks if block.hidden is not None]
-    nodes = {block.attention.node for block in blocks}
-    return follow(graph, hidden, nodes, shapes)
+    return shape[1] if shape is not None and len(shape) == 3 else None
 
 
 def broken(blocks: Sequence[Block], flow: Flow) -> str | None:
     """Why merged tokens do not arrive at a later block; None where they do."""
+    if flow.captured is not None:
+        return f"{flow.captured.op_type} inside of a branch or loop reads the tokens"
     for stage, block in enumerate(blocks):
-        if block.hidden is not None and flow.entered.get(block.hidden) != stage:
-            before = [r for r in flow.readers if r.stage == stage and r.node is not None]
+        expected = Rows(stage) if stage else None
+        if block.hidden is not None and flow.entered.get(block.hidden) != expected:
+            before = [r for r in flow.readers if r.rows.stage == stage and r.node is not None]
             name = before[0].node.op_type if before and before[0].node is not None else "something"
             return f"{name} between layers {block.index - 1} and {block.index} needs every token"
     return None
 
 
-def _protected(
-    first: Block, flow: Flow, shapes: Shapes, count: int, more: Sequence[int]
-) -> tuple[int, ...]:
-    """Tokens that are no part of the data, those that a reader takes out, and ``more``."""
-    found = {position % count for position in more if -count <= position < count}
-    found.update(_special(first, shapes, count))
+def _protected(flow: Flow, count: int, fixed: set[int]) -> tuple[int, ...]:
+    """``fixed`` and the tokens that a reader takes out."""
+    found = set(fixed)
     for reader in flow.readers:
         if reader.need is Need.SELECT and len(reader.positions) * _FEW <= count:
             found.update(reader.positions)
@@ -211,7 +280,13 @@ def _special(first: Block, shapes: Shapes, count: int) -> set[int]:
         if value is None or node is None:
             return set()
         if node.op_type == "Concat" and node.attributes.get_int("axis", 0) in (1, -2):
-            return _constant_parts(node, shapes, count)
+            found = _constant_parts(node, shapes, count)
+            if found or node.inputs[0] is None:
+                return found
+            value = node.inputs[0]
+            size = shapes.of(value)
+            count = size[1] if size is not None and isinstance(size[1], int) else 0
+            continue
         if node.op_type == "Add":
             value = _data_operand(node)
         elif node.op_type in ("LayerNormalization", "RMSNormalization", "Identity", "Cast"):

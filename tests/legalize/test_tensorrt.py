@@ -62,6 +62,22 @@ def test_a_softcap_without_a_cache_is_spelled_out() -> None:
     assert not attentions(model)
 
 
+def test_a_mask_besides_a_causal_one_is_spelled_out() -> None:
+    """TensorRT's attention takes one of both."""
+    config = models.Config()
+    model = models.build(config)
+    get_pass("canonicalize")().call(model, Context())
+    for node in attentions(model):
+        node.attributes["is_causal"] = ir.AttrInt64("is_causal", 1)
+    arrays = models.feed(config)
+    before = run(model, arrays)
+    assert legalize(model, "tensorrt-rtx").details["rewrites"]["attention"] == 2
+    assert not attentions(model)
+    for one, two in zip(before, run(model, arrays), strict=True):
+        # The same sums in the same order but for those over heads, in float32.
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=32 * np.finfo(np.float32).eps)
+
+
 def test_a_model_without_a_cache_stays() -> None:
     model = models.build()
     get_pass("canonicalize")().call(model, Context())

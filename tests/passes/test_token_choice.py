@@ -108,6 +108,18 @@ def test_all_that_can_go_may_go(name: str) -> None:
     assert np.isfinite(OrtRunner(model).run(encoder_feed(Encoder()))["logits"]).all()
 
 
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_without_protected_tokens_all_may_become_one(lowering: str) -> None:
+    """The mean of all tokens, weighted by attention, in the place of each."""
+    encoder = Encoder(special=0, head="mean")
+    model = build_encoder(encoder)
+    report = apply("prune-tokens", model, r=(0, 0, 50), lowering=lowering)
+    assert report.details["towers"][0]["left"] == 1
+    found = OrtRunner(exposed(model, ["layers.2.norm2.out"])).run(encoder_feed(encoder))
+    assert found["layers.2.norm2.out"].shape[1] == 1
+    assert np.isfinite(found["logits"]).all()
+
+
 def test_a_protected_token_between_others_would_move() -> None:
     report = apply("crossget", build_encoder(), r=1, protect="5")
     assert not report.modified

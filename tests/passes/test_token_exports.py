@@ -23,10 +23,10 @@ METHODS = ("tome", "crossget", "prune-tokens")
 TOKENS = 12
 
 
-def canonical(family: str, way: str) -> ir.Model:
-    """An export, with texts of ``TOKENS`` tokens."""
+def canonical(family: str, way: str, *, fixed: bool = True) -> ir.Model:
+    """An export, with texts of ``TOKENS`` tokens if ``fixed``, else of any number."""
     model = load_model(exporters.export(Cell(families.FAMILIES[family], way)))
-    for value in (*model.graph.inputs, *model.graph.outputs):
+    for value in (*model.graph.inputs, *model.graph.outputs) if fixed else ():
         sizes = [TOKENS if str(d).startswith("sequence") else d for d in value.shape]
         value.shape = ir.Shape(sizes)
     Canonicalize().call(model, Context())
@@ -83,6 +83,53 @@ def test_exports_are_reduced_alike_in_both_lowerings(
             # two roundings of float32 of the same numbers
             difference = np.abs(results[0][key] - results[1][key]).max()
             assert difference <= 1e-5 * np.abs(array).max(), (name, key)
+
+
+@pytest.mark.parametrize("way", ["torchscript-17", "dynamo-18"])
+def test_an_open_number_of_tokens_can_be_fixed(way: str) -> None:
+    """A default export with tokens=12 is what an export with twelve tokens is."""
+    fixed, model = canonical("bert", way), canonical("bert", way, fixed=False)
+    report = apply("tome", model.clone(), r=2)
+    assert not report.modified
+    assert "option tokens=N makes it N for all" in report.skipped[0].reason
+    assert apply("tome", model, r=2, tokens=TOKENS).applied == 2
+    assert apply("tome", fixed, r=2).applied == 2
+    for value in model.graph.inputs:
+        assert value.shape[1] == TOKENS
+    assert not isinstance(model.graph.outputs[0].shape[0], int)
+    feed = feed_of(fixed, 3)
+    results = [OrtRunner(m).run(feed) for m in (fixed, model)]
+    for key, array in results[0].items():
+        assert results[1][key].shape == array.shape
+        assert np.abs(results[1][key] - array).max() <= 1e-5 * np.abs(array).max()
+
+
+@pytest.mark.parametrize("way", ["torchscript-17", "dynamo-18"])
+def test_a_causal_text_tower_keeps_its_order_and_its_end(way: str) -> None:
+    """CLIP's, as it is exported by default, with an open number of tokens."""
+    original = canonical("clip-text", way, fixed=False)
+    feed = feed_of(canonical("clip-text", way), 3)
+    feed["input_ids"][:, 9] = families._END
+    before, results = OrtRunner(original).run(feed), []
+    for lowering in ("gather", "matrix"):
+        model = original.clone()
+        report = apply("crossget", model, r=2, lowering=lowering, tokens=TOKENS)
+        assert report.applied == 2
+        assert report.details["towers"][0]["end_protected"]
+        results.append(OrtRunner(model).run(feed))
+    for key, array in before.items():
+        assert results[0][key].shape == array.shape
+        difference = np.abs(results[0][key] - results[1][key]).max()
+        assert difference <= 1e-5 * np.abs(array).max()
+        assert np.abs(results[0][key] - array).max() > 1e-3 * np.abs(array).max()
+
+
+def test_a_model_left_alone_keeps_its_open_axes() -> None:
+    model = canonical("llama", "dynamo-18", fixed=False)
+    before = [value.shape for value in model.graph.inputs]
+    report = apply("tome", model, r=2, tokens=TOKENS)
+    assert not report.modified
+    assert [value.shape for value in model.graph.inputs] == before
 
 
 def test_windows_are_refused_with_their_reason() -> None:
