@@ -2,9 +2,9 @@
 
 The parser refuses Attention with past or present ("only supports Attention nodes with one
 output"), so the cache is put together in front of it; with a softcap, or causal and with a mask,
-it is spelled out. TensorRT for RTX 1.7 runs Attention in 16-bit types and for some sizes of heads only, and ends
-the process (SIGSEGV) where two of its queries and keys are one value in other shapes: these are
-spelled out too. ``canonicalize`` raises all of it back.
+it is spelled out. TensorRT for RTX 1.7 runs Attention in 16-bit types and for some sizes of heads
+only, and ends the process (SIGSEGV) where two of its queries and keys are one value in other
+shapes: these are spelled out too. ``canonicalize`` raises all of it back.
 """
 
 from __future__ import annotations
