@@ -56,6 +56,8 @@ class Target:
         attention: Whether the standard Attention operator (opset 23) runs.
         attention_cache: Whether Attention may hold the KV cache (past inputs, present outputs) or
             have a softcap.
+        attention_kernels: Smallest and largest size of a head for which Attention of a 16-bit type
+            runs; every other, and all of float32, is spelled out. None = it runs for all.
         rotary: Whether the standard RotaryEmbedding operator (opset 23) runs.
         full_attention_mask: Whether an attention mask must have its query dimension written out.
         float16, bfloat16: What it does with these types.
@@ -74,6 +76,7 @@ class Target:
     contrib_ops: bool = False
     attention: bool = True
     attention_cache: bool = True
+    attention_kernels: tuple[int, int] | None = None
     rotary: bool = True
     full_attention_mask: bool = False
     float16: HalfPrecision = HalfPrecision.COMPUTED
@@ -128,6 +131,7 @@ TARGETS: dict[str, Target] = {
             min_opset=18,
             max_opset=23,
             attention_cache=False,
+            attention_kernels=(9, 256),
             notes="engines are built ahead of time, also without a GPU; zero points must be zero",
         ),
         Target(

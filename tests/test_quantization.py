@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from optimizer.linear_layers import is_head
-from optimizer.quantization.scales import Policy, Scheme, choose
+from optimizer.quantization.scales import TOKEN_FLOOR, Policy, Scheme, choose, token_floor
 from optimizer.quantization.sites import MAX_CHANNELS, Kind, Site, lower_bound
 from optimizer.quantization.statistics import MAX_ROWS, InputStatistics
 from optimizer.quantization.weights import (
@@ -311,3 +311,12 @@ def test_a_key_that_is_also_returned_is_no_head() -> None:
     key.name = "present.0.key"
     model.graph.outputs.append(key)
     assert not is_head(model.graph.inputs[0])
+
+
+@given(st.floats(1e-3, 1e6))
+def test_the_least_range_of_a_token_is_one_number_for_many_layers(top: float) -> None:
+    """Compilers write it into their kernels; layers of different ones would not share any."""
+    floor = token_floor(top)
+    assert TOKEN_FLOOR * top / 16 < floor <= TOKEN_FLOOR * top
+    assert np.log2(floor) % 4 == 0
+    assert np.float32(floor) == floor

@@ -23,16 +23,19 @@ Range: TypeAlias = tuple[int, int, int]
 #: Input -> (smallest, usual, largest) shape.
 Profile: TypeAlias = dict[str, tuple[Shape, Shape, Shape]]
 
-#: Ranges of axes that nobody gave, by what their name says, the first that fits.
-_DEFAULTS: tuple[tuple[str, Range], ...] = (
-    (r"past|cache|history", (0, 128, 512)),
-    (r"batch|^b$|^n$", (1, 1, 8)),
-    (r"seq|token|length|^s$|^t$", (1, 128, 512)),
-)
 #: An axis of past and new tokens together, whatever it is called.
 _TOTAL = re.compile(r"total|full")
-_PAST = re.compile(_DEFAULTS[0][0])
-_NEW = re.compile(_DEFAULTS[2][0])
+#: Tokens that an encoder gave to a decoder.
+_SOURCE = re.compile(r"source|src|encoder")
+_PAST = re.compile(r"past|cache|history")
+_NEW = re.compile(r"seq|token|length|^s$|^t$")
+#: Ranges of axes that nobody gave, by what their name says, the first that fits.
+_DEFAULTS: tuple[tuple[re.Pattern[str], Range], ...] = (
+    (_SOURCE, (1, 128, 1536)),  # 30 s of speech are 1500 tokens to Whisper's decoder
+    (_PAST, (0, 128, 512)),
+    (re.compile(r"batch|^b$|^n$"), (1, 1, 8)),
+    (_NEW, (1, 128, 512)),
+)
 _SUM = re.compile(r"\s*\+\s*")
 _LARGEST = 2**31 - 1
 #: Tokens of an axis that nobody gave.
@@ -89,7 +92,8 @@ def make_profiles(
     Args:
         inputs: Of the model, without initializers.
         words: Of ``--shapes``.
-        longest: Largest length of an axis that nobody gave.
+        longest: Largest length of an axis that nobody gave; three times as much where it counts
+            what an encoder gave.
 
     Returns:
         The profiles, with static inputs too; empty where no input has a dynamic axis.
@@ -144,7 +148,11 @@ def _complete(
 def _totals(names: Sequence[str]) -> list[tuple[str, tuple[str, str]]]:
     """Axes of past and new tokens together, with the axes they consist of."""
     totals = [name for name in names if _TOTAL.search(name.lower()) and "+" not in name]
-    simple = [name for name in names if name not in totals and "+" not in name]
+    simple = [
+        name
+        for name in names
+        if name not in totals and "+" not in name and not _SOURCE.search(name.lower())
+    ]
     past = [name for name in simple if _PAST.search(name.lower())]
     new = [name for name in simple if name not in past and _NEW.search(name.lower())]
     if len(past) != 1 or len(new) != 1:
@@ -224,8 +232,9 @@ def _range(
         low, usual, high = (sum(column) for column in zip(*each, strict=True))
         return (low, usual, high)
     for pattern, default in _DEFAULTS:
-        if re.search(pattern, dim.lower()):
-            low, usual, high = (min(size, longest) for size in default)
+        if pattern.search(dim.lower()):
+            limit = longest * max(default[2] // LONGEST, 1)
+            low, usual, high = (min(size, limit) for size in default)
             return (low, usual, high)
     msg = (
         f"--shapes: nothing says how long axis '{dim}' of input '{name}' is; give the input, such "

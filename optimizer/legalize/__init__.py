@@ -104,7 +104,7 @@ def _lower(
     if target.full_attention_mask and not fast_cpu:
         counts["attention mask"] = ort_cpu.widen_masks(model)
     if not target.attention_cache and opset >= opset_rules.RULES["Attention"][0]:
-        counts["attention"] = tensorrt.simplify_attention(model)
+        counts["attention"] = tensorrt.simplify_attention(model, target.attention_kernels)
     counts["opset"] = opset_rules.lower(model, opset)
     for function in model.functions.values():  # bodies of our operators, right for every opset
         function.opset_imports[""] = opset

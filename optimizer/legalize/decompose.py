@@ -199,6 +199,12 @@ def attention(pen: Pen) -> None:
             "is not lowered; choose --opset 23, or a --target that takes it"
         )
         raise UnsupportedError(msg)
+    if optional(node, 6) is not None:
+        msg = (
+            f"node '{node.name}': this Attention says how many keys are no padding "
+            "(nonpad_kv_seqlen), which is not lowered; say it with a mask"
+        )
+        raise UnsupportedError(msg)
     query, key, value = (operand(node, i) for i in range(3))
     if flat:
         query = by_heads(pen, query, heads)
@@ -225,7 +231,11 @@ def attention(pen: Pen) -> None:
 
 
 def head_counts(node: ir.Node) -> tuple[int, int, bool]:
-    """(H, Hkv, whether the heads are joined in the last axis)."""
+    """(H, Hkv, whether the heads are joined in the last axis).
+
+    Raises:
+        UnsupportedError: They are not known.
+    """
     heads = node.attributes.get_int("q_num_heads", 0)
     kv_heads = node.attributes.get_int("kv_num_heads", 0)
     if heads and kv_heads:
@@ -233,14 +243,26 @@ def head_counts(node: ir.Node) -> tuple[int, int, bool]:
     shapes = Shapes()
     found = [shapes.of(operand(node, i)) for i in range(3)]
     counts = [shape[1] for shape in found if shape is not None and len(shape) == 4]
-    same = len(counts) == 3 and counts[0] == counts[1] == counts[2]
-    if not same or not isinstance(counts[0], int) or optional(node, 4) is not None:
-        msg = (
-            f"node '{node.name}': Attention is lowered in its 3-D form, and in its 4-D form with "
-            "as many key heads as query heads and without a cache of its own, only"
-        )
-        raise UnsupportedError(msg)
-    return counts[0], counts[0], False
+    if optional(node, 4) is None:
+        match counts:
+            case [int(heads), int(kv_heads), same] if same == kv_heads and heads % kv_heads == 0:
+                return heads, kv_heads, False
+    msg = (
+        f"node '{node.name}': Attention is lowered in its 3-D form, and in its 4-D form with "
+        "numbers of heads that are known and without a cache of its own, only"
+    )
+    raise UnsupportedError(msg)
+
+
+def has_known_heads(node: ir.Node) -> bool:
+    """Whether number and sizes of an Attention's heads are known, so that it can be spelled out."""
+    try:
+        heads, kv_heads, _ = head_counts(node)
+        for index, count in ((0, heads), (1, kv_heads), (2, kv_heads)):
+            head_size(node, index, count)
+    except UnsupportedError:
+        return False
+    return True
 
 
 def _softmax(pen: Pen, scores: ir.Value) -> ir.Value:
@@ -265,23 +287,20 @@ def _returns_scores(node: ir.Node) -> bool:
 
 
 def head_size(node: ir.Node, index: int, heads: int) -> int:
-    """The size of a head of an input whose last axis joins ``heads`` of them.
+    """The size of a head of an input [B, S, heads*c] or [B, heads, S, c].
 
     Raises:
         UnsupportedError: It is not known.
     """
     shape = Shapes().of(operand(node, index))
     width = None if shape is None else shape[-1]
-    if not isinstance(width, int):
+    if shape is None or not isinstance(width, int):
         msg = f"node '{node.name}': the head size of this Attention is not known"
         raise UnsupportedError(msg)
-    return width // heads
+    return width if len(shape) == 4 else width // heads
 
 
 def _default_scale(node: ir.Node, heads: int) -> float:
-    shape = Shapes().of(operand(node))
-    if shape is not None and len(shape) == 4 and isinstance(shape[3], int):
-        return math.sqrt(1 / shape[3])
     return math.sqrt(1 / head_size(node, 0, heads))
 
 

@@ -40,6 +40,8 @@ from optimizer.quantization.weights import top_code
 #: was silent or constant during calibration must not saturate at the first number it shows.
 CHANNEL_FLOOR = 1e-3
 #: A token's range counts as at least this part of the widest seen, so that no row is divided by 0.
+#: Rounded down to a power of 16: compilers write such numbers into their kernels, and layers with
+#: equal ones share a kernel.
 TOKEN_FLOOR = 1e-5
 #: A centre counts as zero below this part of the channel's range (float32 noise).
 CENTRE_NOISE = 1e-6
@@ -130,6 +132,13 @@ def choose(
         return shifted
     free = site.norm is not None and site.norm.bias_slot is not None
     return shifted if shifted.error < (1.0 if free else _WORTH_A_STEP) * plain.error else plain
+
+
+def token_floor(top: float) -> float:
+    """The least range of a token where ``top`` is the widest seen; 0 for 0."""
+    if top <= 0:
+        return 0.0
+    return float(16.0 ** math.floor(math.log2(TOKEN_FLOOR * top) / 4))
 
 
 def centres(stats: InputStatistics | Half) -> np.ndarray | None:
@@ -264,7 +273,7 @@ class _Search:
             if self.policy.asymmetric:
                 return scheme
         reach = np.maximum(high, -low)
-        floor = TOKEN_FLOOR * top
+        floor = token_floor(top)
         result = replace(base, step=1 / self.q, floor=floor)
         energy = float(np.square(reach / self.q).mean())
         if self.policy.asymmetric and self.site.kind is Kind.MLP:
@@ -281,7 +290,7 @@ class _Search:
         tokens of small range.
         """
         if depth <= 0:
-            options = [(TOKEN_FLOOR * top, 2 * self.q)]
+            options = [(token_floor(top), 2 * self.q)]
         else:
             options = [(depth * f, math.floor(2 * self.q / (1 + 1 / f))) for f in _FLOORS]
         energies = [float(np.square(np.maximum(high, f) / n).mean()) for f, n in options]

@@ -55,6 +55,25 @@ def test_lengths_that_nobody_gave_have_a_limit():
     assert profile["past_key"][2] == (1, 4, 400, 16)
 
 
+def test_what_an_encoder_gave_has_a_length_of_its_own():
+    states = value("encoder_hidden_states", "batch", "source", 64)
+    mask = value("encoder_attention_mask", "batch", "encoder_sequence_length")
+    crossed = value("past_key_values.0.encoder.key", "batch", 4, "source", 16)
+    inputs = [IDS, states, mask, crossed, PAST]
+    (profile,) = make_profiles(inputs)
+    assert profile["encoder_hidden_states"] == ((1, 1, 64), (1, 128, 64), (8, 1536, 64))
+    assert profile["encoder_attention_mask"] == ((1, 1), (1, 128), (8, 1536))
+    assert profile["past_key_values.0.encoder.key"][2] == (8, 4, 1536, 16)
+    assert profile["past_key"][2] == (8, 4, 512, 16)
+    (profile,) = make_profiles(inputs, ["encoder_hidden_states:2x7x64"], 64)
+    assert profile["past_key_values.0.encoder.key"][0] == (2, 4, 7, 16)
+    assert profile["encoder_attention_mask"][2] == (2, 192)
+    # It is no part of the total of the decoder's own tokens.
+    total = value("attention_mask", "batch", "total_sequence")
+    (profile,) = make_profiles([*inputs, total], ["input_ids:1x1"])
+    assert profile["attention_mask"] == ((1, 1), (1, 129), (1, 513))
+
+
 def test_names_with_colons_and_static_models():
     assert parse_shapes(["scope/x:0:1x2"]) == [{"scope/x:0": ((1, 2), (1, 2), (1, 2))}]
     assert make_profiles([value("x", 1, 4)]) == []

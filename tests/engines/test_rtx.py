@@ -17,6 +17,7 @@ import onnx.helper as oh
 import onnx.numpy_helper as onh
 import pytest
 from conftest import Outcome, token_samples
+from rtx_attention import case
 
 from optimizer.engine_job import EngineOptions, build_file
 from optimizer.engines.child import run_build
@@ -24,6 +25,7 @@ from optimizer.engines.cuda import Driver
 from optimizer.engines.plan import read_plan
 from optimizer.engines.request import BuildRequest
 from optimizer.errors import EngineError, ExportError, MissingDependencyError
+from optimizer.legalize import legalize
 from optimizer.listener import Silent
 from optimizer.model_io import save_model
 
@@ -65,6 +67,37 @@ def test_every_precision(command, decoder, tmp_path, passes, kinds, capability):
     assert plan.version == manifest["version"]
     assert plan.capabilities == (capability,)
     assert not plan.later
+
+
+#: Builds without the permission that our own builds give, as NVIDIA's command does.
+WITHOUT_PERMISSION = """
+import json, sys
+from optimizer.engines import build
+from optimizer.engines.profiles import make_profiles
+from optimizer.engines.request import BuildRequest
+import onnx_ir as ir
+
+build._allow_decomposed_attention = lambda trt, network: 0
+model, output = sys.argv[1:]
+profiles = make_profiles(ir.load(model).graph.inputs)
+build.build(BuildRequest("tensorrt-rtx", model, output, profiles, (89,)), lambda event: None)
+"""
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["16 bits", "16 bits, causal and masked", "heads of 8", "16 bits, widened",
+     "values of another size", "the same keys twice, by heads", "queries that are keys"],
+)  # fmt: skip
+def test_attention_that_would_end_the_process_or_has_no_kernel_builds(name, tmp_path):
+    model = case(name)
+    legalize(model, "tensorrt-rtx")
+    path = tmp_path / "m.onnx"
+    save_model(model, path)
+    words = [sys.executable, "-c", WITHOUT_PERMISSION, str(path), str(tmp_path / "x")]
+    found = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert found.returncode == 0, found.stderr
+    assert read_plan(tmp_path / "x").flavour == "tensorrt-rtx"
 
 
 def test_two_builds_are_the_same_bytes(command, decoder, tmp_path):

@@ -21,6 +21,10 @@ CASES = {
     "heads apart": ("y = Attention<scale = 0.3>(q, k, v)", HEADS),
     "heads apart, the default scale": ("y = Attention(q, k, v)", HEADS),
     "heads apart and a mask": ("y = Attention(q, k, v, m)", f"{HEADS}, float[B,1,S,T] m"),
+    "fewer key heads apart": (
+        "y = Attention<scale = 0.3>(q, k, v)",
+        "float[B,2,S,4] q, float[B,1,T,4] k, float[B,1,T,4] v",
+    ),
     "a wider Softmax": (
         "y = Attention<q_num_heads = 2, kv_num_heads = 2, softmax_precision = 11>(q, k, v)", FLAT,
     ),
@@ -57,19 +61,23 @@ def test_attention_is_spelled_out_and_raised_back(name: str) -> None:
 
 
 UNSPELLED = {
-    "fewer key heads apart": (
-        "y = Attention(q, k, v)", "float[B,2,S,4] q, float[B,1,T,4] k, float[B,1,T,4] v",
+    "an unknown number of heads": (
+        "y = Attention(q, k, v)", "float[B,H,S,4] q, float[B,H,T,4] k, float[B,H,T,4] v",
+        "is lowered in its 3-D form",
     ),
     "heads apart with a cache": (
         "y, a, b = Attention(q, k, v, m, pk, pv)",
-        f"{HEADS}, bool[S,U] m, float[B,2,P,4] pk, float[B,2,P,4] pv",
+        f"{HEADS}, bool[S,U] m, float[B,2,P,4] pk, float[B,2,P,4] pv", "is lowered in its 3-D form",
+    ),
+    "keys that are no padding": (
+        "y = Attention(q, k, v, , , , n)", f"{HEADS}, int64[B] n", "nonpad_kv_seqlen",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", UNSPELLED)
 def test_other_forms_are_refused(name: str) -> None:
-    nodes, inputs = UNSPELLED[name]
-    model = graph(nodes, inputs=inputs, output="float[B,2,S,4] y")
-    with pytest.raises(UnsupportedError, match="is lowered in its 3-D form"):
+    nodes, inputs, said = UNSPELLED[name]
+    model = graph(nodes, inputs=inputs, output="float[B,2,S,4] y", opset=24)
+    with pytest.raises(UnsupportedError, match=said):
         attention(Pen(model.graph, only(model, "Attention"), {}))

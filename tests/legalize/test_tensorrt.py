@@ -7,6 +7,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from onnx.reference import ReferenceEvaluator
+from rtx_attention import CASES, case
+from rule_case import feed
 
 from optimizer.legalize import legalize
 from optimizer.pass_base import Context
@@ -35,7 +37,7 @@ def test_the_cache_leaves_attention_and_comes_back(causal: bool, softcap: float)
     arrays = models.feed(config, past=3)
     before = run(model, arrays)
     names = [value.name for value in model.graph.outputs]
-    report = legalize(model, "tensorrt-rtx")
+    report = legalize(model, "tensorrt-11")
     count = report.details["rewrites"]["attention"]
     assert count == 2
     for node in attentions(model):
@@ -81,6 +83,24 @@ def test_a_mask_besides_a_causal_one_is_spelled_out() -> None:
 def test_a_model_without_a_cache_stays() -> None:
     model = models.build()
     get_pass("canonicalize")().call(model, Context())
-    report = legalize(model, "tensorrt-rtx")
+    report = legalize(model, "tensorrt-11")
     assert "attention" not in report.details["rewrites"]
     assert attentions(model)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_tensorrt_for_rtx_runs_stays_and_the_rest_is_spelled_out(name: str) -> None:
+    model, spelled = case(name), CASES[name][3]
+    arrays = feed(model)
+    before = run(model, arrays)[0].astype(np.float32)
+    had = len(attentions(model))
+    report = legalize(model, "tensorrt-rtx")
+    assert report.details["rewrites"].get("attention", 0) == spelled
+    assert len(attentions(model)) == had - spelled
+    after = run(model, arrays)[0].astype(np.float32)
+    # Some roundings of scores and probabilities, of numbers about 1, in the type of the graph.
+    narrow = "float16" in CASES[name][2]
+    eps = np.finfo(np.float16 if narrow else np.float32).eps
+    np.testing.assert_allclose(before, after, rtol=8 * eps, atol=16 * eps)
+    get_pass("canonicalize")().call(model, Context())
+    assert len(attentions(model)) == had
