@@ -22,6 +22,7 @@ import numpy as np
 import onnx
 import onnx.helper as oh
 import onnx.numpy_helper as onh
+import onnxruntime
 import pytest
 from fake_machine import elf
 from fuzzing.bombs import nested_functions
@@ -522,6 +523,12 @@ def _wrong_plugin(place: Place) -> Words:
     return _pretend(place, "ok", "--plugin", path)
 
 
+def _without_cuda(place: Place) -> Words:
+    only = ["CPUExecutionProvider"]
+    place.patch.setattr(onnxruntime, "get_available_providers", lambda: only)
+    return ["bench", place.small, "--target", "ort-cuda"]
+
+
 def _other_major(place: Place) -> Words:
     path = place.folder / "plugin.so"
     path.write_bytes(elf(["libc.so.6", "libnvinfer.so.10"]))
@@ -651,7 +658,7 @@ ENGINES = (
         ("engine_check.check_numbers",)),
     Row("`bench --target ort-cuda` without ONNX Runtime for CUDA", 6, "what to install",
         ("has no CUDAExecutionProvider", "optimize-onnx[gpu]"),
-        lambda p: ["bench", p.small, "--target", "ort-cuda"], ("runners.ort_device.providers",)),
+        _without_cuda, ("runners.ort_device.providers",)),
 )  # fmt: skip
 
 GROUPS: dict[str, tuple[Row, ...]] = {

@@ -301,8 +301,8 @@ class TensorRTRunner:
             if tensor.allocator is not None:
                 array = np.empty(tensor.allocator.shape, tensor.spec.dtype)
             assert array is not None  # noqa: S101 - ``bind`` comes first
+            array = array.copy()  # the caller's; the next run must not change it
             if not tensor.host and tensor.memory is not None:
-                array = np.empty_like(array)  # the caller's; the next run must not change it
                 self._gpu.download(array, tensor.memory.pointer)
             found[name] = array
         self._gpu.synchronize()
