@@ -11,9 +11,9 @@ and ``cpu``.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ import digit_captions
 import digits
 import numpy as np
 import onnx
+import training
 from train_digits_vit import parts
+from training import SEED
 
 from optimizer.frontends import export_hugging_face
 
-SEED, BATCH, RATE = 7, 64, 2e-3
+RATE = 2e-3
 
 
 def build() -> Any:
@@ -64,31 +66,15 @@ def loss_of(model: Any, pixels: Any, ids: Any) -> Any:
 def train(
     model: Any, images: np.ndarray, labels: np.ndarray, bounds: np.ndarray, epochs: int
 ) -> None:
-    """AdamW with a one-cycle schedule; every epoch places the digits anew."""
+    """Every epoch places the digits anew."""
     import torch
 
-    steps, start = epochs * (len(images) // BATCH), time.monotonic()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
-    rng = np.random.default_rng(SEED)
-    model.train()
-    for epoch in range(epochs):
-        order = rng.permutation(len(images))[: len(images) // BATCH * BATCH]
+    def data(epoch: int, order: np.ndarray) -> tuple[Any, ...]:
         pixels = digits.placed(images[order], seed=1000 + epoch)
         texts = digit_captions.captions(pixels, labels[order], bounds)
-        ids = torch.from_numpy(digit_captions.tokens(texts))
-        total = 0.0
-        for x, y in zip(torch.from_numpy(pixels).split(BATCH), ids.split(BATCH), strict=True):
-            loss = loss_of(model, x, y)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            total += float(loss.detach())
-        mean, took = total * BATCH / len(order), time.monotonic() - start
-        print(f"epoch {epoch + 1}: loss {mean:.4f}, {took:.0f} s", flush=True)
-    model.eval()
+        return torch.from_numpy(pixels), torch.from_numpy(digit_captions.tokens(texts))
+
+    training.train(model, len(images), epochs, RATE, data, functools.partial(loss_of, model))
 
 
 def save_embedding(made: Path, path: Path) -> None:

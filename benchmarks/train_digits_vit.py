@@ -17,10 +17,12 @@ from typing import Any
 
 import digits
 import numpy as np
+import training
+from training import SEED
 
 from optimizer.frontends import export_hugging_face
 
-SEED, BATCH, RATE = 7, 64, 1.5e-3
+RATE = 1.5e-3
 TEST, HELD_OUT = 360, 180
 
 
@@ -53,31 +55,18 @@ def build() -> Any:
 
 
 def train(model: Any, images: np.ndarray, labels: np.ndarray, epochs: int) -> None:
-    """AdamW with a cosine schedule; every epoch places the digits anew."""
+    """Every epoch places the digits anew."""
     import torch
 
-    steps = epochs * (len(images) // BATCH)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
-    rng = np.random.default_rng(SEED)
-    model.train()
-    for epoch in range(epochs):
-        order = rng.permutation(len(images))[: len(images) // BATCH * BATCH]
+    def data(epoch: int, order: np.ndarray) -> tuple[Any, ...]:
         pixels = torch.from_numpy(digits.placed(images[order], seed=1000 + epoch))
-        targets = torch.from_numpy(labels[order].astype(np.int64))
-        total = 0.0
-        for x, y in zip(pixels.split(BATCH), targets.split(BATCH), strict=True):
-            loss = torch.nn.functional.cross_entropy(
-                model(pixel_values=x).logits, y, label_smoothing=0.05
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            total += float(loss.detach())
-        print(f"epoch {epoch + 1}: loss {total * BATCH / len(order):.4f}", flush=True)
-    model.eval()
+        return pixels, torch.from_numpy(labels[order].astype(np.int64))
+
+    def loss_of(x: Any, y: Any) -> Any:
+        logits = model(pixel_values=x).logits
+        return torch.nn.functional.cross_entropy(logits, y, label_smoothing=0.05)
+
+    training.train(model, len(images), epochs, RATE, data, loss_of)
 
 
 def main() -> None:
