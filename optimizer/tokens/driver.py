@@ -77,6 +77,7 @@ class TokenPass(GraphPass[OptionsT]):
         given = crosses_of({} if cross is None else cross, towers)
         for tower, tokens in zip(towers, given, strict=True):
             Reduction(model, tower, context, self.options, self.name, make, log, tokens).run()
+        log.tell_readers()
         if log.sites:
             remove_dead(model)
             model.metadata_props[NOTE] = self.name

@@ -194,6 +194,7 @@ def test_exports_are_reduced_on_the_side_of_the_text_too(
             assert report.applied == layers
             assert not report.notes
             assert report.details["towers"][0]["read_by"] == [layers, layers + 1]
+            assert all("reads the tokens that are left" in s.reason for s in report.skipped)
             results.append((model, OrtRunner(model).run(feed)))
         for key, array in before.items():
             found = [result[key] for _, result in results]
