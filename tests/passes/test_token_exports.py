@@ -14,6 +14,7 @@ import pytest
 import tokens_accuracy
 from rewriters import Cell
 
+from optimizer.errors import OptionError
 from optimizer.model_io import load_model
 from optimizer.pass_base import Context, Report
 from optimizer.runners.ort import OrtRunner
@@ -123,6 +124,13 @@ def test_a_causal_text_tower_keeps_its_order_and_its_end(way: str) -> None:
         difference = np.abs(results[0][key] - results[1][key]).max()
         assert difference <= 1e-5 * np.abs(array).max()
         assert np.abs(results[0][key] - array).max() > 1e-3 * np.abs(array).max()
+
+
+@pytest.mark.parametrize("family", ["bert", "clip-text"])
+def test_more_tokens_than_there_are_positions_are_refused(family: str) -> None:
+    model = canonical(family, "dynamo-18", fixed=False)
+    with pytest.raises(OptionError, match=r"does not run with 4096 tokens .*or fewer"):
+        apply("crossget", model, r=2, tokens=4096)
 
 
 def test_a_model_left_alone_keeps_its_open_axes() -> None:
