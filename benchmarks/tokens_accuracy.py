@@ -103,7 +103,7 @@ def spelled(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def digits_vit(copies: int) -> Task:
     """The model that ships."""
     images, labels = digits.load("test", copies)
-    held_out, _ = digits.load("held-out", copies)
+    held_out, _ = digits.load("held-out")
     model = canonical(digits.HOME / "digits-vit.onnx")
     return Task(model, ("pixel_values", "logits"), images, labels, held_out, largest)
 

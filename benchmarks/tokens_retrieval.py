@@ -120,7 +120,7 @@ def table(keeps: Sequence[float], copies: int) -> list[dict[str, Any]]:
     texts = text.run(digit_captions.feed(names))["text_embeds"]
     original = canonical(digit_captions.HOME / "image.onnx")
     blocks = find_blocks(original).blocks
-    held_out, _ = digit_captions.load("held-out", copies)
+    held_out, _ = digit_captions.load("held-out")
     data = Calibration(load_samples({"pixel_values": held_out}, input_specs(original)))
     rows: list[dict[str, Any]] = [
         {"method": "original", "keep": 1.0, **recalls(original, images, texts, names, copies)}

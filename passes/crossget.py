@@ -27,11 +27,13 @@ Source:       CrossGET (arXiv 2305.17455): complete-graph soft matching,
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import onnx_ir as ir
 from pydantic import Field
 
+from optimizer.hashing import hash_file
 from optimizer.pass_base import Context, Report
 from optimizer.structure import Block
 from optimizer.tokens import graph_matching as matching
@@ -156,4 +158,8 @@ class CrossGet(TokenPass[Options]):
             return Complete(by_index, tower.guide(guidance), weigh, guided, taken)
 
         cross = None if path is None else read_cross_tokens(path)
-        return self.reduce(model, context, make, Complete.keeps, protect=more, cross=cross)
+        report = self.reduce(model, context, make, Complete.keeps, protect=more, cross=cross)
+        if path is None:
+            return report
+        details = {**report.details, "cross_tokens_sha256": hash_file(Path(path))}
+        return replace(report, details=details)

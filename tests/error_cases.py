@@ -798,6 +798,7 @@ VARIANTS = {
     "passes._class_named": "a pass from a file that has none",
     "tokens.cross_tokens.crosses_of": _OPTION,
     "tokens.cross_tokens.read_cross_tokens": _OPTION,
+    "tokens.fixing.check_tokens": _OPTION,
     "tokens.options.TokenOptions.wanted": _OPTION,
     "token_picture._write": "the disk is full, or the folder not writable",
     "tokens.reduction.Reduction._searched": "a pass that needs data, without any",

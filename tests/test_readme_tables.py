@@ -9,6 +9,7 @@ from pathlib import Path
 import cost_table
 import families
 import pytest
+import tokens_accuracy
 import zoo
 from exporters import WAYS
 
@@ -77,6 +78,11 @@ def test_the_readme_shows_the_recorded_results() -> None:
     text = (ROOT / "README.md").read_text("utf-8")
     assert zoo.table(recorded) in text
     assert {row["family"] for row in recorded} == set(families.FAMILIES)
+
+
+def test_the_readme_shows_the_recorded_accuracies_with_fewer_tokens() -> None:
+    recorded = json.loads(tokens_accuracy.RESULTS.read_text("utf-8"))["models"]
+    assert tokens_accuracy.markdown(recorded) in (ROOT / "README.md").read_text("utf-8")
 
 
 def test_the_readme_shows_the_recorded_costs() -> None:

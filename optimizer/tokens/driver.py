@@ -13,7 +13,7 @@ from optimizer.graph import remove_dead
 from optimizer.pass_base import Context, Exactness, GraphPass, PassOptions, Report, Skip
 from optimizer.tokens.cross_tokens import crosses_of
 from optimizer.tokens.emit import NOTE
-from optimizer.tokens.fixing import fix_tokens, restore
+from optimizer.tokens.fixing import check_tokens, fix_tokens, restore
 from optimizer.tokens.flow import Keeps
 from optimizer.tokens.options import TokenOptions
 from optimizer.tokens.reduction import Log, Reduction
@@ -61,7 +61,8 @@ class TokenPass(GraphPass[OptionsT]):
             cross: Cross tokens to write into towers, see ``cross_tokens``.
 
         Raises:
-            OptionError: ``r`` is a list of another length than the tower.
+            OptionError: ``r`` is a list of another length than the tower, cross tokens do not fit
+                it, or the model does not take as many ``tokens``.
         """
         protected = (*self.options.protect, *protect)
         if NOTE in model.metadata_props:
@@ -72,11 +73,14 @@ class TokenPass(GraphPass[OptionsT]):
         log = Log([], missed, [], [], structure.blocks)
         fixed = self.options.tokens
         before = [] if fixed is None else fix_tokens(model, structure.blocks, fixed, keeps)
+        if fixed is not None and before:
+            check_tokens(model, fixed, self.name)
         towers, refused = find_towers(model, structure.blocks, protected, keeps)
         log.skipped.extend(refused)
         given = crosses_of({} if cross is None else cross, towers)
         for tower, tokens in zip(towers, given, strict=True):
             Reduction(model, tower, context, self.options, self.name, make, log, tokens).run()
+        log.tell_readers()
         if log.sites:
             remove_dead(model)
             model.metadata_props[NOTE] = self.name

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
+from optimizer.calibration import input_specs
+from optimizer.errors import ModelError, OptionError
+from optimizer.feeds import Sizes, synthesize
 from optimizer.raising.dims import Dim
 from optimizer.raising.shapes import Shapes
+from optimizer.runners.ort import OrtRunner
 from optimizer.structure import Block
 from optimizer.tokens.flow import Keeps
 from optimizer.tokens.towers import chains, fault, tokens_of
@@ -44,6 +49,29 @@ def fix_tokens(model: ir.Model, blocks: Sequence[Block], tokens: int, keeps: Kee
             ]
             value.shape = ir.Shape(known)
     return before
+
+
+def check_tokens(model: ir.Model, tokens: int, name: str) -> None:
+    """Run a model whose number of tokens was fixed once, on made-up inputs.
+
+    Args:
+        model: With the sizes that ``fix_tokens`` gave it.
+        tokens: For the message.
+        name: Of the pass.
+
+    Raises:
+        OptionError: It does not run, as where its table of positions is shorter.
+    """
+    specs = input_specs(model)
+    named = {d: tokens for spec in specs for d in spec.shape[1:] if isinstance(d, str)}
+    feed = synthesize(specs, Sizes(sequence=tokens, named=named), np.random.default_rng(0))
+    try:
+        OrtRunner(model).run(feed)
+    except ModelError as error:
+        raise OptionError(
+            f"pass '{name}': option tokens: the model does not run with {tokens} tokens ({error}); "
+            "choose as many as it has positions for, or fewer."
+        ) from error
 
 
 def restore(before: Before) -> None:

@@ -52,6 +52,16 @@ class Log:
         """Take note that layers were left alone."""
         self.skipped.extend(Skip(_site(block), reason) for block in blocks)
 
+    def tell_readers(self) -> None:
+        """Layers that are left alone may read fewer tokens all the same."""
+        sites = {f"layer {index}" for tower in self.towers for index in tower["read_by"]}
+        for number, skip in enumerate(self.skipped):
+            if skip.site in sites:
+                reason = (
+                    f"it reads the tokens that are left, and none are merged in it: {skip.reason}"
+                )
+                self.skipped[number] = Skip(skip.site, reason)
+
 
 def _site(block: Block) -> str:
     return f"layer {block.index}"

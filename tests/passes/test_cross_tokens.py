@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def test_tokens_of_a_file_guide_as_in_the_reference(lowering: str, tmp_path: Pat
     report = apply(model, r=REMOVED, lowering=lowering, cross_tokens=path)
     tower = report.details["towers"][0]
     assert (tower["tokens"], tower["left"]) == (15, 8)
+    assert report.details["cross_tokens_sha256"] == sha256(Path(path).read_bytes()).hexdigest()
     assert (tower["protected"], tower["cross_token"]) == ([0, 14], 14)
     agrees(model)
 

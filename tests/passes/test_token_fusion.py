@@ -11,10 +11,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 import token_reference as reference
-from fusion_models import Fusion, answers, build_fusion, fusion_feed
+from fusion_models import ENCODER, Fusion, answers, build_fusion, fusion_feed
 from tokens_accuracy import canonical
 
-from optimizer.conformance.encoders import Encoder, build_encoder
+from optimizer.conformance.encoders import Encoder, build_encoder, encoder_feed
 from optimizer.frontends.onnx_export import quiet
 from optimizer.pass_base import Context, Report
 from optimizer.runners.ort import OrtRunner
@@ -194,6 +194,7 @@ def test_exports_are_reduced_on_the_side_of_the_text_too(
             assert report.applied == layers
             assert not report.notes
             assert report.details["towers"][0]["read_by"] == [layers, layers + 1]
+            assert all("reads the tokens that are left" in s.reason for s in report.skipped)
             results.append((model, OrtRunner(model).run(feed)))
         for key, array in before.items():
             found = [result[key] for _, result in results]
@@ -205,3 +206,36 @@ def test_exports_are_reduced_on_the_side_of_the_text_too(
             exact = OrtRunner(original).run(flat)["match"]
             found = OrtRunner(results[0][0]).run(flat)["match"]
             assert np.abs(found - exact).max() <= 1e-5 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_patches_without_the_class_token_are_given_back(name: str) -> None:
+    """A Slice that leaves the class token out is followed; each patch gets the token it is in."""
+    model = build_encoder(ENCODER)
+    graph, final = model.graph, model.graph.outputs.pop()
+    values = []
+    for number in (1, 2**63 - 1, 1):
+        tensor = ir.tensor(np.array([number], np.int64), name=f"bound.{len(values)}")
+        values.append(
+            ir.Value(
+                name=tensor.name,
+                const_value=tensor,
+                type=ir.TensorType(ir.DataType.INT64),
+                shape=ir.Shape([1]),
+            )
+        )
+        graph.register_initializer(values[-1])
+    part = ir.node("Slice", [final, *values], outputs=[ir.Value(name="patches_out")])
+    doubled = ir.node("Add", [part.outputs[0]] * 2, outputs=[ir.Value(name="doubled")])
+    doubled.outputs[0].type, doubled.outputs[0].shape = final.type, ir.Shape(["batch", 12, 32])
+    final.shape = None
+    graph.extend([part, doubled])
+    graph.outputs.append(doubled.outputs[0])
+    assert apply(name, model).details["towers"][0]["given_back_to"] == ["output 'doubled'"]
+    feed = encoder_feed(ENCODER)
+    found = OrtRunner(model).run(feed)["doubled"]
+    rows = reference.run_encoder(
+        ENCODER, feed, REMOVED, [0], METHODS[name], proportional=name != "prune-tokens"
+    )  # fmt: skip
+    expected = np.stack([2 * f[p[1:]] for f, p in zip(rows["final"], rows["places"], strict=True)])
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
