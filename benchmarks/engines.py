@@ -1,4 +1,4 @@
-"""Which engines TensorRT for RTX builds of every family, without a GPU; size and build time of each.
+"""Which engines TensorRT for RTX builds of every family, without a GPU; their sizes and times.
 
     python benchmarks/engines.py --workers 2            # all cells; goes on where it stopped
     python benchmarks/engines.py --table README.md      # writes the tables of the results
