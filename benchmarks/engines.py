@@ -1,4 +1,4 @@
-"""Which engines TensorRT for RTX builds of every family, without a GPU; sizes and build times.
+"""Which engines TensorRT for RTX builds of every family, without a GPU; their sizes and times.
 
     python benchmarks/engines.py --workers 2            # all cells; goes on where it stopped
     python benchmarks/engines.py --table README.md      # writes the tables of the results
@@ -228,12 +228,17 @@ def _summary(rows: Sequence[dict[str, Any]]) -> list[str]:
         ]
         numbers = [str(count[kind]) for kind in ("built", "refused", "failed")]
         lines.append(f"| {' | '.join([pass_set, *numbers, *ratios])} |")
+    total = Counter(row["outcome"] for row in rows)
+    sizes = [row["model_bytes"] / 1e6 for row in plain.values() if row["family"] not in LARGE]
     return [
+        f"{total['built']} built, {total['refused']} refused with the reason, {total['failed']} "
+        f"failed; {total['not exported']} more that no exporter can make.",
+        "",
         *lines,
         "",
         "Size and time: medians of the ratios to the engine of the untouched export. These models "
-        "have 0.1 to 0.7 MB of weights: their engines are kernels, of which int8 and mixed types "
-        "take more, and say nothing about larger models:",
+        f"are files of {min(sizes):.1f} to {max(sizes):.1f} MB: their engines are kernels, of "
+        "which int8 takes more, and say nothing about larger models:",
     ]
 
 

@@ -120,8 +120,8 @@ def _values(
         )
     if kind in "OU":
         return np.full(shape, "text", object)
-    if spec.name == "attention_mask" or kind == "b":
-        return np.ones(shape, spec.dtype)
+    if spec.name == "attention_mask" or kind == "b" or (kind in "iu" and "mask" in spec.name):
+        return np.ones(shape, spec.dtype)  # a query that sees no key has no defined result
     if spec.name == "position_ids" and shape:
         positions = np.arange(sizes.past, sizes.past + shape[-1])
         return np.broadcast_to(positions, shape).astype(spec.dtype)

@@ -209,6 +209,13 @@ class TestFeeds:
         assert feed["attention_mask"].all()
         assert feed["input_ids"].max() < 9
 
+    def test_every_mask_of_tokens_shows_all_of_them(self):
+        feed = self.made(
+            self.spec("encoder_attention_mask", (2, 5)), self.spec("token_type_ids", (2, 5))
+        )
+        assert feed["encoder_attention_mask"].all()
+        assert not feed["token_type_ids"].any()
+
     def test_names_given_win_over_roles(self):
         feed = self.made(self.spec("input_ids", ("b", "tokens")), tokens=11, sequence=3)
         assert feed["input_ids"].shape == (1, 11)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import engines
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -283,6 +284,18 @@ def test_what_the_passes_write_becomes_an_engine(built, tmp_path, precision):
     digests, log = build_engine(proto, built, tmp_path)
     assert len(digests) == 2, log
     assert digests[0] == digests[1] != "none"
+
+
+@pytest.mark.tensorrt
+@needs_nvcc
+def test_a_family_with_sparse_layers_becomes_an_engine(built, monkeypatch):
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        pytest.skip("TensorRT for RTX is not installed: pip install tensorrt-rtx")
+    monkeypatch.setenv("OPTIMIZE_TENSORRT_LIBRARY", str(built / "liboptimize_tensorrt.so"))
+    row = engines.build("llama", True, engines.SPARSE)
+    assert row["outcome"] == "built", row["detail"]
+    # Seven in each of two layers, and the head, which force=true replaces though it is not pruned.
+    assert row["plugin_layers"] == 15
 
 
 @pytest.mark.tensorrt

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import cost_table
+import engines
 import families
 import pytest
 import tokens_accuracy
@@ -88,3 +89,14 @@ def test_the_readme_shows_the_recorded_accuracies_with_fewer_tokens() -> None:
 def test_the_readme_shows_the_recorded_costs() -> None:
     recorded = json.loads((ROOT / "benchmarks/results/cost.json").read_text("utf-8"))["models"]
     assert cost_table.summary(recorded) in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_the_readme_shows_the_recorded_engines() -> None:
+    recorded = json.loads((ROOT / "benchmarks/results/engines.json").read_text("utf-8"))["rows"]
+    assert engines.table(recorded) in (ROOT / "README.md").read_text("utf-8")
+    assert {engines.key(row) for row in recorded} == set(
+        engines.wanted([*families.FAMILIES, *engines.LARGE])
+    )
+    outcomes = Counter(row["outcome"] for row in recorded)
+    assert outcomes["failed"] == 0
+    assert all(row["detail"] for row in recorded if row["outcome"] != "built")

@@ -100,9 +100,10 @@ def test_attention_that_would_end_the_process_or_has_no_kernel_builds(name, tmp_
     assert read_plan(tmp_path / "x").flavour == "tensorrt-rtx"
 
 
-def test_two_builds_are_the_same_bytes(command, decoder, tmp_path):
+@pytest.mark.parametrize("passes", [(), ("--passes", "outliertune,fp16")])
+def test_two_builds_are_the_same_bytes(command, decoder, tmp_path, passes):
     for name in ("a", "b"):
-        assert command("build", decoder, "-o", tmp_path / f"{name}.engine").code == 0
+        assert command("build", decoder, *passes, "-o", tmp_path / f"{name}.engine").code == 0
     first, second = ((tmp_path / f"{name}.engine").read_bytes() for name in "ab")
     assert first == second
 
