@@ -11,6 +11,7 @@ import onnx_ir as ir
 from optimizer.blocks import find_blocks
 from optimizer.graph import remove_dead
 from optimizer.pass_base import Context, Exactness, GraphPass, PassOptions, Report, Skip
+from optimizer.targets import get_target
 from optimizer.tokens.cross_tokens import crosses_of
 from optimizer.tokens.emit import NOTE
 from optimizer.tokens.fixing import check_tokens, fix_tokens, restore
@@ -21,6 +22,13 @@ from optimizer.tokens.rewrite import Method
 from optimizer.tokens.towers import Tower, find_towers
 
 OptionsT = TypeVar("OptionsT", bound=TokenOptions)
+
+
+#: benchmarks/gpu_models.py, r = 8 and 16, against the same in float16.
+_ON_A_GPU = (
+    "on a GPU fewer tokens pay in batches: ViT-B in ONNX Runtime on an H100 took 1.2 to 3 times as "
+    "long for one image, because choosing tokens takes many small kernels; bench what you will run"
+)
 
 
 class TokenPass(GraphPass[OptionsT]):
@@ -84,6 +92,8 @@ class TokenPass(GraphPass[OptionsT]):
         if log.sites:
             remove_dead(model)
             model.metadata_props[NOTE] = self.name
+            if get_target(context.target).device == "cuda":
+                log.notes.append(_ON_A_GPU)
         else:
             restore(before)
         if not structure.blocks and not structure.misses:
