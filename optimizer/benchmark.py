@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -358,13 +357,13 @@ def write_result(path: Path, result: BenchmarkResult | Mapping[str, Any], **cont
     text = json.dumps({**context, **content}, indent=2, sort_keys=True) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        made = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        file = made.open("x", encoding="utf-8")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
+            with file:
                 file.write(text)
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+            made.replace(path)
+        finally:
+            made.unlink(missing_ok=True)
     except OSError as error:
         raise ExportError(f"{path} cannot be written: {error.strerror or error}.") from error
