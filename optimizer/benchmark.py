@@ -247,12 +247,13 @@ def write_result(path: Path, result: BenchmarkResult | Mapping[str, Any], **cont
     text = json.dumps({**context, **content}, indent=2, sort_keys=True) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Beside it, and with the permissions that the umask gives, unlike those of mkstemp.
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        made = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        file = made.open("x", encoding="utf-8")
         try:
-            part.write_text(text, encoding="utf-8")
-            part.replace(path)
+            with file:
+                file.write(text)
+            made.replace(path)
         finally:
-            part.unlink(missing_ok=True)
+            made.unlink(missing_ok=True)
     except OSError as error:
         raise ExportError(f"{path} cannot be written: {error.strerror or error}.") from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 
 import models
 import numpy as np
@@ -257,10 +259,14 @@ class TestWriting:
         assert content["timings"][0]["median_ms"] == pytest.approx(1000)
         assert [p.name for p in path.parent.iterdir()] == ["r.json"]
 
-    def test_a_result_may_be_read_by_whom_the_umask_lets(self, tmp_path, monkeypatch):
-        write_result(tmp_path / "r.json", self.result(monkeypatch))
-        (tmp_path / "other").touch()
-        assert (tmp_path / "r.json").stat().st_mode == (tmp_path / "other").stat().st_mode
+    @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+    def test_a_result_may_be_read_by_whom_the_umask_says(self, tmp_path, monkeypatch, mask, mode):
+        result, before = self.result(monkeypatch), os.umask(mask)
+        try:
+            write_result(tmp_path / "r.json", result)
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE((tmp_path / "r.json").stat().st_mode) == mode
 
     def test_a_folder_in_the_way_is_an_export_error(self, tmp_path, monkeypatch):
         path = tmp_path / "r.json"

@@ -49,6 +49,21 @@ class Sides:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """The rows of a result in three parts; only the last takes tokens in.
+
+    Attributes:
+        protected: The tokens that the first rows are.
+        kept: int64 [B, K, 1], the tokens that the next rows are; None: no rows.
+        destinations: The tokens that the last rows begin with.
+    """
+
+    protected: tuple[int, ...]
+    kept: ir.Value | None
+    destinations: np.ndarray
+
+
+@dataclass(frozen=True)
 class Gathered:
     """A reduction by indices: token ``sources[b, i, 0]`` goes into row ``targets[b, i, 0]``.
 
@@ -57,12 +72,14 @@ class Gathered:
         sources: int64 [B, r, 1].
         targets: int64 [B, r, 1].
         importance: [B, N, 1], where merged tokens weigh by it; None: by size alone.
+        parts: The rows of ``keep`` in parts, where it is known which take nothing in.
     """
 
     keep: ir.Value
     sources: ir.Value
     targets: ir.Value
     importance: ir.Value | None = None
+    parts: Parts | None = None
 
 
 @dataclass(frozen=True)
@@ -147,12 +164,15 @@ def gathered(
     offset = pen.integers([first + size - r], "offset")
     targets = pen.put("Add", pen.entries(nearest, merged), offset, as_="targets", dtype=integer)
     parts = [pen.everywhere(order, sides.protected)] if first else []
+    kept = None
     if size > r:
         rising, _ = pen.topk(others, size - r, axis=1, largest=False)
-        parts.append(pen.put("Gather", a, rising, as_="kept", dtype=integer, axis=0))
+        kept = pen.put("Gather", a, rising, as_="kept", dtype=integer, axis=0)
+        parts.append(kept)
     parts.append(pen.everywhere(order, sides.destinations))
     keep = pen.put("Concat", *parts, as_="keep", dtype=integer, axis=1)
-    return Gathered(keep, sources, targets)
+    known = None if padded is not None else Parts(sides.protected, kept, sides.destinations)
+    return Gathered(keep, sources, targets, parts=known)
 
 
 def positioned(

@@ -8,13 +8,14 @@ Attention:    softmax(q k / sqrt(c) + log s) (the same, eq. 1): each token count
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 
 from optimizer.tokens.emit import Emitter, State
-from optimizer.tokens.matching import Gathered, Positioned
+from optimizer.tokens.matching import Gathered, Parts, Positioned
 
 #: Added to the scores of padding, which has no size; float16 holds it, and exp of it is 0.
 CUT = -1e4
@@ -66,12 +67,19 @@ def _by_index(
 
     A scatter that adds would need one index per number, and runs in one thread.
     """
-    kept, moved = pen.rows(x, found.keep, "kept"), pen.rows(x, found.sources, "moved")
+    parts = found.parts
+    moved, taking = pen.rows(x, found.sources, "moved"), range(rows)
     own = brought = pen.numbers(1, "one")
     if state.sizes is not None:
-        own = pen.entries(state.sizes, found.keep)
         brought = pen.put("Transpose", pen.entries(state.sizes, found.sources), perm=(0, 2, 1))
-    row = pen.integers(np.arange(rows)[:, None], "rows")
+    if parts is None:
+        kept = pen.rows(x, found.keep, "kept")
+        own = own if state.sizes is None else pen.entries(state.sizes, found.keep)
+    else:
+        taking = range(rows - len(parts.destinations), rows)
+        kept = _fixed(pen, x, parts.destinations)
+        own = own if state.sizes is None else _fixed(pen, state.sizes, parts.destinations)
+    row = pen.integers(np.array(taking)[:, None], "rows")
     targets = pen.put("Transpose", found.targets, dtype=ir.DataType.INT64, perm=(0, 2, 1))
     here = pen.put("Equal", targets, row, dtype=ir.DataType.BOOL)
     weights = pen.put("Where", here, brought, pen.numbers(0, "zero"), as_="weights")
@@ -82,7 +90,39 @@ def _by_index(
         own, weights = _ensemble(pen, found, here, own, weights)
     share = pen.put("Div", own, divisor, as_="share")
     sums = pen.put("MatMul", pen.put("Div", weights, divisor, as_="weights"), moved, as_="sums")
-    return pen.put("Add", pen.put("Mul", kept, share), sums, as_="merged"), sizes
+    merged = pen.put("Add", pen.put("Mul", kept, share), sums, as_="merged")
+    if parts is None:
+        return merged, sizes
+    return _joined(pen, x, state, parts, merged, sizes, taking.start)
+
+
+def _fixed(pen: Emitter, value: ir.Value, tokens: Sequence[int] | np.ndarray) -> ir.Value:
+    return pen.put("Gather", value, pen.integers(tokens), dtype=value.dtype, axis=1)
+
+
+def _joined(
+    pen: Emitter,
+    x: ir.Value,
+    state: State,
+    parts: Parts,
+    merged: ir.Value,
+    sizes: ir.Value,
+    still: int,
+) -> tuple[ir.Value, ir.Value]:
+    """All rows and sizes, the ``still`` that take nothing in before ``merged`` and ``sizes``."""
+    tokens = [_fixed(pen, x, parts.protected)] if parts.protected else []
+    if parts.kept is not None:
+        tokens.append(pen.rows(x, parts.kept, "kept"))
+    if not tokens:
+        return merged, sizes
+    whole = pen.put("Concat", *tokens, merged, as_="merged", axis=1)
+    if state.sizes is None:  # one each
+        pads = pen.integers([0, still, 0, 0, 0, 0], "pads")
+        return whole, pen.put("Pad", sizes, pads, pen.numbers(1, "one"), as_="sizes")
+    counts = [_fixed(pen, state.sizes, parts.protected)] if parts.protected else []
+    if parts.kept is not None:
+        counts.append(pen.entries(state.sizes, parts.kept))
+    return whole, pen.put("Concat", *counts, sizes, as_="sizes", axis=1)
 
 
 def _ensemble(

@@ -50,13 +50,15 @@ def exposed(model: ir.Model, *names: str) -> ir.Model:
 @pytest.mark.parametrize("lowering", LOWERINGS)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("special", [0, 1, 2])
-def test_layers_equal_the_reference_in_float64(lowering: str, batch: int, special: int) -> None:
+@pytest.mark.parametrize("removed", [(3, 2, 2), (6, 3, 1)], ids=["some", "all-that-may-go"])
+def test_layers_equal_the_reference_in_float64(
+    lowering: str, batch: int, special: int, removed: tuple[int, ...]
+) -> None:
     """Every layer is followed: merge, sizes, and attention to as many copies as a token stands for.
 
     Tolerance 1e-5 of the largest number: float32 against float64, as the issue asks.
     """
     encoder = Encoder(patches=13, special=special)
-    removed = (3, 2, 2)
     model = build_encoder(encoder)
     feed = encoder_feed(encoder, batch)
     report = apply(model, r=removed, lowering=lowering, places=True)
