@@ -217,7 +217,8 @@ class Run:
             verdict = self._prove("legalize", self._original, Exactness.REASSOCIATED)
         elif self._exact and modified:
             verdict = self._prove("legalize", before, Exactness.REASSOCIATED)
-        if verdict is None and self.data.measuring is None and self.max_memory is None:
+        unseen = self.data.measuring is None and self.max_memory is None
+        if not self._exact and unseen:
             # There is nothing to measure on, but what is written has run.
             verdict = self._prove("legalize", before, Exactness.APPROXIMATE)
         if self._measured and not modified:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from pydantic import Field
 
 from optimizer.gate import LEFT_OUT, OPEN
-from optimizer.graph import add_initializer, const
+from optimizer.graph import add_initializer, const, insert
 from optimizer.pass_base import Context, Exactness, GraphPass, PassOptions, Report, Skip
 
 
@@ -252,3 +252,25 @@ class Explode(GraphPass[PassOptions]):
         """Scale beyond all bounds."""
         del context
         return scale(model, 3e38)
+
+
+class Overreach(GraphPass[PassOptions]):
+    """Writes a valid graph that cannot run: it reads behind the end of a list."""
+
+    name = "overreach"
+    exactness = Exactness.APPROXIMATE
+
+    def call(self, model: ir.Model, context: Context) -> Report:
+        """Add an entry that does not exist to one operand of a sum."""
+        del context
+        two = add_initializer(model.graph, "two", np.zeros(2, np.float32))
+        node = next(n for n in model.graph if n.op_type == "Add")
+        (size, number) = (
+            insert(model.graph, node, "Size", (node.inputs[1],), dtype=ir.DataType.INT64),
+            add_initializer(model.graph, "beyond", np.array(2)),
+        )
+        index = insert(model.graph, node, "Add", (size, number), dtype=ir.DataType.INT64)
+        entry = insert(model.graph, node, "Gather", (two, index), dtype=ir.DataType.FLOAT)
+        first = insert(model.graph, node, "Add", (node.inputs[0], entry), dtype=ir.DataType.FLOAT)
+        node.replace_input_with(0, first)
+        return Report(modified=True, applied=1)

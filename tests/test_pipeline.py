@@ -15,6 +15,7 @@ from optimizer.errors import (
     BudgetError,
     CalibrationError,
     NoopError,
+    OptimizerError,
     PassContractError,
     VerificationError,
 )
@@ -87,6 +88,14 @@ def test_the_drift_of_an_approximate_pass_is_measured_against_the_original() -> 
 def test_without_data_an_approximate_pass_runs_unmeasured() -> None:
     report = execute(demo.Scale)
     assert report.drift is None
+    assert row(report, "scale").verdict is None
+    assert row(report, "legalize").verdict == "runs, on made-up inputs"
+
+
+def test_what_cannot_run_is_refused_without_data_too() -> None:
+    with pytest.raises(OptimizerError, match=r"pass 'legalize'.*out of"):
+        execute(demo.Overreach)
+    assert execute(demo.Overreach, verify="off").rows
 
 
 def test_a_result_that_is_not_finite_is_refused() -> None:
