@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -163,9 +164,9 @@ def export(cell: Cell, cache_dir: Path = CACHE) -> Path:
         raise NotExported(failed.read_text("utf-8"))
     cache_dir.mkdir(parents=True, exist_ok=True)
     for stale in cache_dir.glob(f"{cell.id}-{'[0-9a-f]' * 16}.*"):
-        if stale.stem != path.stem:  # another process may have written it just now
+        if not stale.name.startswith(f"{path.stem}."):  # another process may be writing it
             stale.unlink(missing_ok=True)
-    temporary = path.with_suffix(".part.onnx")
+    temporary = path.with_suffix(f".{os.getpid()}.part.onnx")
     try:
         WAYS[cell.way](cell, temporary)
         temporary.replace(path)
