@@ -26,8 +26,8 @@ OptionsT = TypeVar("OptionsT", bound=TokenOptions)
 
 #: benchmarks/gpu_models.py, r = 8 and 16, against the same in float16.
 _ON_A_GPU = (
-    "on a GPU fewer tokens pay in batches: ViT-B in ONNX Runtime on an H100 took 1.2 to 3 times as "
-    "long for one image, because choosing tokens takes many small kernels; bench what you will run"
+    "on a GPU fewer tokens pay in batches: in ONNX Runtime on an H100, ViT-B took 1.5 to 3 times "
+    "as long for one image, because choosing tokens takes many small kernels; bench what you will run"
 )
 
 
@@ -92,7 +92,8 @@ class TokenPass(GraphPass[OptionsT]):
         if log.sites:
             remove_dead(model)
             model.metadata_props[NOTE] = self.name
-            if get_target(context.target).device == "cuda":
+            target = get_target(context.target)
+            if target.runtime == "onnxruntime" and target.device == "cuda":
                 log.notes.append(_ON_A_GPU)
         else:
             restore(before)

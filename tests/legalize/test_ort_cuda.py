@@ -223,3 +223,14 @@ def test_reduced_models_in_float16_compute_the_same_as_elsewhere(name):
         outputs.append(next(iter(OrtRunner(model).run(feed).values())).astype(np.float64))
     # float16 rounds to 5e-4 at every step
     np.testing.assert_allclose(*outputs, atol=2e-2 * np.abs(outputs[1]).max())
+
+
+def test_the_report_says_that_fewer_tokens_pay_in_batches():
+    notes = []
+    for target in ("ort-cuda", "ort-cpu", "tensorrt-rtx"):
+        model = build_encoder(Encoder(head="class"))
+        Canonicalize().call(model, Context())
+        tome = get_pass("tome")
+        notes.append(tome(tome.Options(r=2)).call(model, Context(target=target)).notes)
+    assert "in batches" in notes[0][0]
+    assert notes[1:] == [(), ()]
