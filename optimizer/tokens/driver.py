@@ -27,7 +27,7 @@ OptionsT = TypeVar("OptionsT", bound=TokenOptions)
 #: benchmarks/gpu_models.py, r = 8 and 16, against the same in float16.
 _ON_A_GPU = (
     "on a GPU fewer tokens pay in batches: in ONNX Runtime on an H100, ViT-B took 1.5 to 3 times "
-    "as long for one image, because choosing tokens takes many small kernels; bench what you will run"
+    "as long for one image, because choosing tokens takes many small kernels; bench your own"
 )
 
 
