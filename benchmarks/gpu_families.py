@@ -6,8 +6,9 @@
 The first writes what ``--target ort-cuda`` gives for every family, with and without KV cache, and
 each pass set, with a feed and what ONNX Runtime's CPU kernels make of it. The second runs the files
 on the GPU (float32 without TF32), compares, and counts the nodes that ONNX Runtime left to the CPU.
-Outputs of the same file on both devices may differ by the roundings of its type; where the CPU has
-no kernels (bfloat16) or a model chooses by rounded numbers, the exporter's file is the comparison.
+Outputs of the same file on both devices may differ by the roundings of its type; in bfloat16, for
+which the CPU has no kernels, the exporter's file is the comparison. A mixture of experts may send a
+token to another expert for one rounding, and is then far off.
 """
 
 from __future__ import annotations

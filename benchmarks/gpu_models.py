@@ -20,7 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class Model:
     options: Mapping[str, Any]
     tiny: Mapping[str, Any]
     cases: Mapping[str, tuple[int, int, int]]
-    forms: Mapping[str, str] = field(default_factory=dict)
+    forms: Mapping[str, str]
 
 
 MODELS = {
@@ -156,22 +156,19 @@ def feed_for(
     return feed
 
 
-def bound(made: ort.InferenceSession, feed: dict[str, np.ndarray], device: str) -> Any:
-    """Everything lies on the device, the outputs always at the same place."""
+def bound(
+    made: ort.InferenceSession,
+    feed: Mapping[str, np.ndarray],
+    outputs: Mapping[str, np.ndarray],
+    device: str,
+) -> Any:
+    """Everything lies on the device: the inputs, and room for outputs such as these."""
     binding = made.io_binding()
     for name, array in feed.items():
         binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, device, 0))
-    return binding
-
-
-def with_outputs(
-    made: ort.InferenceSession, binding: Any, shapes: Mapping[str, Any], device: str
-) -> Any:
-    """The binding, with room for outputs of these shapes and types."""
-    for value in made.get_outputs():
-        array = shapes[value.name]
+    for name, array in outputs.items():
         place = ort.OrtValue.ortvalue_from_shape_and_type(array.shape, array.dtype, device, 0)
-        binding.bind_ortvalue_output(value.name, place)
+        binding.bind_ortvalue_output(name, place)
     return binding
 
 
@@ -195,6 +192,7 @@ def measure_case(
     """Rows of one case: time of a run, time as a CUDA graph."""
     device = "cuda" if provider.startswith("CUDA") else "cpu"
     rows: dict[str, dict[str, Any]] = {label: {"form": label} for label in paths}
+    outputs: dict[str, dict[str, np.ndarray]] = {}
     for graph in (False, True) if device == "cuda" else (False,):
         bindings = {}
         for label, path in paths.items():
@@ -204,9 +202,8 @@ def measure_case(
                 feed = feed_for(made, case)
                 if not graph:
                     names = [value.name for value in made.get_outputs()]
-                    rows[label]["shapes"] = dict(zip(names, made.run(None, feed), strict=True))
-                inputs = bound(made, feed, device)
-                binding = with_outputs(made, inputs, rows[label]["shapes"], device)
+                    outputs[label] = dict(zip(names, made.run(None, feed), strict=True))
+                binding = bound(made, feed, outputs[label], device)
                 for _ in range(3):  # a graph is captured by the second or third
                     made.run_with_iobinding(binding)
                 bindings[label] = made, binding
@@ -216,7 +213,7 @@ def measure_case(
         for label, values in latency(bindings).items():
             rows[label][key] = statistics.median(values)
             rows[label][f"spread_{key}"] = [min(values), max(values)]
-    return [{k: v for k, v in row.items() if k != "shapes"} for row in rows.values()]
+    return list(rows.values())
 
 
 def measure(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from optimizer import graph as graphs
 from optimizer.blocks import find_blocks
 from optimizer.errors import OptionError
 from optimizer.raising.shapes import Shapes
-from optimizer.tokens.emit import Emitter
+from optimizer.tokens.emit import Emitter, read_instead
 from optimizer.tokens.flow import MASK, Flow, Keeps, Walk
 from optimizer.tokens.towers import Tower, find_towers, reads_scores
 
@@ -146,14 +146,7 @@ def _leave_out(graph: ir.Graph, flow: Flow) -> None:
         if value not in given:
             pen = Emitter(graph, reader.node, f"{value.name}/cross", value.dtype)
             given[value] = _part(pen, value, 0, -1)
-        if reader.node is None:
-            graphs.replace_output(value, given[value])
-            given[value].type, given[value].shape = value.type, value.shape
-            value.shape = None
-            continue
-        for index, found in enumerate(reader.node.inputs):
-            if found is value:
-                reader.node.replace_input_with(index, given[value])
+        read_instead(reader.node, value, given[value])
 
 
 def _keeps(node: ir.Node | None) -> bool:

@@ -145,3 +145,15 @@ class Emitter:
         pads = self.integers([0, len(before), 0, 0, len(after), 0], "pads")
         constants = np.concatenate([before, np.zeros(size), after])[:, None]
         return self.put("Add", self.put("Pad", value, pads), self.numbers(constants), as_="rows")
+
+
+def read_instead(node: ir.Node | None, value: ir.Value, new: ir.Value) -> None:
+    """Let ``node`` read ``new`` for ``value``; None: let ``new`` be the output that it was."""
+    if node is None:
+        graphs.replace_output(value, new)
+        new.type, new.shape = value.type, value.shape
+        value.shape = None
+        return
+    for index, found in enumerate(node.inputs):
+        if found is value:
+            node.replace_input_with(index, new)

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from optimizer import graph as graphs
 from optimizer.raising.shapes import Shapes
 from optimizer.structure import Block
-from optimizer.tokens.emit import Emitter, State
+from optimizer.tokens.emit import Emitter, State, read_instead
 from optimizer.tokens.flow import MASK, Attend, Flow, Keeps, Need, Reader, Table
 from optimizer.tokens.joined import (
     Lengths,
@@ -230,14 +230,7 @@ def _give_back(
             dtype = value.dtype or ir.DataType.FLOAT
             pen = Emitter(graph, reader.node, f"{value.name}/tokens", dtype)
             given[value] = whole(pen, value, reader.rows, state, lengths)
-        if reader.node is None:
-            graphs.replace_output(value, given[value])
-            given[value].type, given[value].shape = value.type, value.shape
-            value.shape = None
-            continue
-        for position, found in enumerate(reader.node.inputs):
-            if found is value:
-                reader.node.replace_input_with(position, given[value])
+        read_instead(reader.node, value, given[value])
 
 
 def _select(graph: ir.Graph, reader: Reader, value: ir.Value, positions: Sequence[int]) -> None:
